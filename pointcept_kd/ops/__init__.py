@@ -1,0 +1,1 @@
+"""Pure tensor functions; nothing here knows the rest of the package."""
