@@ -1,0 +1,8 @@
+"""Data: readers of LiDAR data sets, transforms, and simulated streets.
+
+`synthetic` (which needs the extra `sim` to run) is imported by those who simulate.
+"""
+
+from . import semantic_kitti, transforms
+
+__all__ = ["semantic_kitti", "transforms"]

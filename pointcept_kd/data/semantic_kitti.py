@@ -1,0 +1,410 @@
+"""SemanticKITTI: scans, labels, calibration and poses.
+
+    data_root/dataset/sequences/SS/velodyne/NNNNNN.bin   float32 x, y, z, remission
+                                  /labels/NNNNNN.label   uint32: class in the low 16 bits
+                                  /calib.txt             P0..P3, Tr (velodyne to camera 0), 3 x 4
+                                  /poses.txt             camera-0 poses, row i belongs to scan i
+
+Behley et al., "SemanticKITTI", ICCV 2019; http://semantic-kitti.org.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pointcept_kd.host import DATASETS, InputError, kd, stand_in
+from pointcept_kd.host.loader import DefaultDataset
+
+logger = logging.getLogger(__name__)
+
+CLASS_NAMES = (
+    "car", "bicycle", "motorcycle", "truck", "other-vehicle", "person", "bicyclist", "motorcyclist",
+    "road", "parking", "sidewalk", "other-ground", "building", "fence", "vegetation", "trunk",
+    "terrain", "pole", "traffic-sign",
+)  # fmt: skip
+
+# Raw class id to train id; -1 is ignored. Moving classes (252..259) join the static ones.
+LEARNING_MAP = {
+    0: -1, 1: -1, 10: 0, 11: 1, 13: 4, 15: 2, 16: 4, 18: 3, 20: 4, 30: 5, 31: 6, 32: 7, 40: 8, 44: 9,
+    48: 10, 49: 11, 50: 12, 51: 13, 52: -1, 60: 8, 70: 14, 71: 15, 72: 16, 80: 17, 81: 18, 99: -1,
+    252: 0, 253: 6, 254: 5, 255: 7, 256: 4, 257: 4, 258: 3, 259: 4,
+}  # fmt: skip
+
+# Train id to the raw id that a submission writes.
+LEARNING_MAP_INV = {
+    -1: 0, 0: 10, 1: 11, 2: 15, 3: 18, 4: 20, 5: 30, 6: 31, 7: 32, 8: 40, 9: 44, 10: 48, 11: 49,
+    12: 50, 13: 51, 14: 70, 15: 71, 16: 72, 17: 80, 18: 81,
+}  # fmt: skip
+
+# RGB of the train ids, as the dataset's own tools paint them.
+COLORS = np.array(
+    [
+        [100, 150, 245], [100, 230, 245], [30, 60, 150], [80, 30, 180], [0, 0, 255], [255, 30, 30],
+        [255, 40, 200], [150, 30, 90], [255, 0, 255], [255, 150, 255], [75, 0, 75], [175, 0, 75],
+        [255, 200, 0], [255, 120, 50], [0, 175, 0], [135, 60, 0], [150, 240, 80], [255, 240, 150],
+        [255, 0, 0],
+    ],
+    dtype=np.uint8,
+)  # fmt: skip
+
+SPLITS = {
+    "train": ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10"),
+    "val": ("08",),
+    "test": tuple(f"{i:02d}" for i in range(11, 22)),
+}
+
+_UNKNOWN = -2
+_TABLE = np.full(1 << 16, _UNKNOWN, np.int32)
+_TABLE[list(LEARNING_MAP)] = list(LEARNING_MAP.values())
+
+_WHERE_FROM = (
+    "get it from http://semantic-kitti.org, or make a small one: "
+    "python tools/prepare_data.py simulate --out FOLDER"
+)
+
+
+def map_labels(raw: NDArray, ignore_index: int = -1) -> NDArray:
+    """Raw labels (n,), instance ids allowed in the high 16 bits, to train ids (n,) int32.
+
+    Raises:
+        ValueError: for class ids outside the official list; the text names the first.
+    """
+    ids = np.asarray(raw).astype(np.uint32) & 0xFFFF
+    mapped = _TABLE[ids]
+    unknown = mapped == _UNKNOWN
+    if unknown.any():
+        row = int(np.argmax(unknown))
+        raise ValueError(
+            f"class id {int(ids[row])} in row {row} is not in SemanticKITTI's list "
+            f"({int(unknown.sum())} such points)"
+        )
+    return np.where(mapped < 0, np.int32(ignore_index), mapped)
+
+
+def read_scan(path: str | os.PathLike[str]) -> NDArray:
+    """Points (n, 4) float32: x, y, z in metres, remission. Non-finite values are left in.
+
+    Raises:
+        InputError: for a file that cannot be read, is cut off or holds no point.
+    """
+    data = _read_bytes(path)
+    if len(data) % 16:
+        raise InputError(
+            f"{path}: {len(data)} bytes are no whole number of points of 16 bytes; "
+            "the file is cut off or no velodyne scan, copy it again"
+        )
+    if not data:
+        raise InputError(f"{path}: the scan has no points; copy the file again or remove the scan")
+    return np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, 4)
+
+
+def read_labels(path: str | os.PathLike[str], points: int | None = None) -> NDArray:
+    """Labels (n,) uint32: class in the low, instance in the high 16 bits.
+
+    Raises:
+        InputError: for a file that cannot be read, or whose length is not that of the scan.
+    """
+    data = _read_bytes(path)
+    if len(data) % 4 or (points is not None and len(data) != 4 * points):
+        expected = "4 bytes each" if points is None else f"{4 * points} for {points} points"
+        raise InputError(
+            f"{path}: {len(data)} bytes of labels, expected {expected}; "
+            "scan and label file do not belong together or one is cut off"
+        )
+    return np.frombuffer(data, "<u4").astype(np.uint32)
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _numbers(path: str | os.PathLike[str], row: int, text: str, count: int) -> NDArray:
+    try:
+        values = np.array(text.split(), np.float64)
+    except ValueError:
+        values = np.empty(0)
+    if len(values) != count or not np.isfinite(values).all():
+        raise InputError(
+            f"{path}: row {row} should hold {count} finite numbers, got {text.strip()[:60]!r}"
+        )
+    return values
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    try:
+        text = _read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file ({error.reason})") from error
+    return ((i, line) for i, line in enumerate(text.splitlines()) if line.strip())
+
+
+def load_calib(path: str | os.PathLike[str]) -> dict[str, NDArray]:
+    """The matrices of a `calib.txt` by name, float64 (3, 4); `Tr` (and `Tr_*`) padded to (4, 4).
+
+    Raises:
+        InputError: for a file that cannot be read or a row without 12 numbers.
+    """
+    table = {}
+    for row, line in _lines(path):
+        name, _, rest = line.partition(":")
+        matrix = _numbers(path, row, rest, 12).reshape(3, 4)
+        name = name.strip()
+        table[name] = np.vstack([matrix, [0, 0, 0, 1]]) if name.startswith("Tr") else matrix
+    return table
+
+
+def load_poses(sequence_dir: str | os.PathLike[str]) -> NDArray:
+    """Velodyne poses (n, 4, 4) float64 of a sequence: inv(Tr) P_i Tr; row i belongs to scan i.
+
+    Raises:
+        InputError: when `poses.txt` or the `Tr` row of `calib.txt` is missing or malformed.
+    """
+    folder = Path(sequence_dir)
+    calib = load_calib(folder / "calib.txt")
+    if "Tr" not in calib:
+        raise InputError(
+            f"{folder / 'calib.txt'}: no row Tr (velodyne to camera); use the file of the "
+            "SemanticKITTI download, not the one of the KITTI images"
+        )
+    path = folder / "poses.txt"
+    rows = [_numbers(path, row, line, 12) for row, line in _lines(path)]
+    if not rows:
+        raise InputError(f"{path}: no poses; copy the file again")
+    camera = np.zeros((len(rows), 4, 4))
+    camera[:, :3] = np.stack(rows).reshape(-1, 3, 4)
+    camera[:, 3, 3] = 1
+    return np.linalg.inv(calib["Tr"]) @ camera @ calib["Tr"]
+
+
+@stand_in(DATASETS, kd.DATASETS, "SemanticKITTIDataset")
+class SemanticKITTIDataset(DefaultDataset):
+    """Scans with 19 classes.
+
+    Args:
+        split: `train` (00-07, 09, 10), `val` (08), `test` (11-21), a sequence such as "04", or a
+            list of these.
+        data_root: the folder that holds `dataset/sequences`.
+        sequences: sequences to read instead of those of the split.
+        nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
+        transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
+
+    A scan without a label file is all `ignore_index`. Sequences of a split that are not there are
+    passed over; a split without any scan is an error.
+
+    Raises:
+        InputError: for folders, files and labels that cannot be used; the text names the file.
+    """
+
+    def __init__(
+        self,
+        split: str | Sequence[str] = "train",
+        data_root: str = "data/semantic_kitti",
+        transform: Sequence[Mapping[str, Any]] | None = None,
+        test_mode: bool = False,
+        test_cfg: Mapping[str, Any] | None = None,
+        cache: bool = False,
+        ignore_index: int = -1,
+        loop: int = 1,
+        sequences: Sequence[str | int] | None = None,
+        nonfinite: str = "error",
+    ) -> None:
+        if nonfinite not in ("error", "drop"):
+            raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
+        self.sequences = sequences
+        self.nonfinite = nonfinite
+        self._poses: dict[str, NDArray] = {}
+        self._told_missing = False
+        root = Path(data_root) / "dataset" / "sequences"
+        if not root.is_dir():
+            raise InputError(
+                f"{root} is no folder; data_root must hold dataset/sequences/SS/velodyne/*.bin; "
+                f"{_WHERE_FROM}"
+            )
+        super().__init__(
+            split=split, data_root=data_root, transform=transform, test_mode=test_mode,
+            test_cfg=test_cfg, cache=cache, ignore_index=ignore_index, loop=loop,
+        )  # fmt: skip
+
+    def sequence_names(self) -> list[str]:
+        """The sequences asked for, each once, in the order given."""
+        asked = self.split if self.sequences is None else self.sequences
+        asked = [asked] if isinstance(asked, (str, int)) else list(asked)
+        names: list[str] = []
+        for entry in asked:
+            text = str(entry)
+            if text in SPLITS and self.sequences is None:
+                names += SPLITS[text]
+            elif text.isdigit() and int(text) <= 99:
+                names.append(text.zfill(2))
+            else:
+                key = "split" if self.sequences is None else "sequences"
+                choice = "train, val, test or a sequence" if key == "split" else "a number"
+                raise InputError(f"{key}: {entry!r} is unknown; use {choice} such as 04")
+        return list(dict.fromkeys(names))
+
+    def get_data_list(self) -> list[str]:
+        """Paths of the scans, by sequence and file number."""
+        root, paths, names = Path(self.data_root) / "dataset" / "sequences", [], None
+        names = self.sequence_names()
+        for name in names:
+            folder = root / name / "velodyne"
+            found = sorted(e.name for e in os.scandir(folder)) if folder.is_dir() else []
+            paths += [str(folder / n) for n in found if n.endswith(".bin") and n[0] != "."]
+            if self.sequences is not None and not found:
+                raise InputError(
+                    f"{folder}: no scans; `sequences` asks for {name}, correct it or {_WHERE_FROM}"
+                )
+        if not paths:
+            raise InputError(
+                f"no velodyne/*.bin below {root} for sequences {', '.join(names) or 'none'} "
+                f"(split {self.split!r}); correct the split or {_WHERE_FROM}"
+            )
+        return paths
+
+    def _path(self, idx: int) -> Path:
+        return Path(self.data_list[idx % len(self.data_list)])
+
+    def get_data_name(self, idx: int) -> str:
+        """`SS_FFFFFF`."""
+        path = self._path(idx)
+        return f"{path.parent.parent.name}_{path.stem}"
+
+    def label_path(self, idx: int) -> Path:
+        """Where the labels of a scan are, or would be."""
+        path = self._path(idx)
+        return path.parent.parent / "labels" / f"{path.stem}.label"
+
+    def get_data(self, idx: int) -> dict[str, Any]:
+        """One scan: coord (n, 3), strength (n, 1) float32, segment (n,) int32, name."""
+        path = self._path(idx)
+        scan = read_scan(path)
+        segment = self._segment(idx, len(scan))
+        finite = np.isfinite(scan).all(1)
+        if not finite.all():
+            bad = int((~finite).sum())
+            if self.nonfinite == "error":
+                row = int(np.argmin(finite))
+                raise InputError(
+                    f"{path}: row {row} is not finite {scan[row].tolist()}, {bad} of {len(scan)} "
+                    "points; repair the file or set nonfinite='drop'"
+                )
+            scan, segment = scan[finite], segment[finite]
+            if not len(scan):
+                raise InputError(f"{path}: all {bad} points are not finite; remove the scan")
+        return {
+            "coord": np.ascontiguousarray(scan[:, :3]),
+            "strength": np.ascontiguousarray(scan[:, 3:]),
+            "segment": segment,
+            "name": self.get_data_name(idx),
+        }
+
+    def _segment(self, idx: int, points: int) -> NDArray:
+        path = self.label_path(idx)
+        if not path.is_file():
+            if path.parent.parent.name not in SPLITS["test"] and not self._told_missing:
+                self._told_missing = True
+                logger.warning("%s is missing: its points, and those of others like it, "
+                               "are ignored", path)  # fmt: skip
+            return np.full(points, self.ignore_index, np.int32)
+        try:
+            return map_labels(read_labels(path, points), self.ignore_index)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(
+                f"{path}: {error}; the file is damaged or of another data set"
+            ) from error
+
+    def pose_of(self, idx: int) -> NDArray:
+        """Velodyne pose (4, 4) float64 of a scan, looked up by its file number.
+
+        Raises:
+            InputError: when `poses.txt` has no row of that number.
+        """
+        path = self._path(idx)
+        folder = path.parent.parent
+        if folder.name not in self._poses:
+            self._poses[folder.name] = load_poses(folder)
+        poses, number = self._poses[folder.name], _file_number(path)
+        if number >= len(poses):
+            raise InputError(
+                f"{folder / 'poses.txt'}: {len(poses)} rows, none for scan {path.name}; "
+                "row i belongs to scan i, use the complete file"
+            )
+        return poses[number]
+
+
+def _file_number(path: Path) -> int:
+    if not path.stem.isdigit():
+        raise InputError(f"{path}: the file name should be a number such as 000012.bin")
+    return int(path.stem)
+
+
+def check_folder(data_root: str | os.PathLike[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Read every scan below `data_root/dataset/sequences`.
+
+    Yields:
+        each scan, then each sequence folder, with its problems (one line each; none: an empty
+        list).
+
+    Raises:
+        InputError: when there is no such folder or no scan in it.
+    """
+    root = Path(data_root) / "dataset" / "sequences"
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder; {_WHERE_FROM}")
+    folders = sorted(f for f in root.iterdir() if (f / "velodyne").is_dir())
+    if not any(True for f in folders for _ in (f / "velodyne").glob("[!.]*.bin")):
+        raise InputError(f"{root}: no SS/velodyne/*.bin; {_WHERE_FROM}")
+    for folder in folders:
+        scans = sorted((folder / "velodyne").glob("[!.]*.bin"))
+        for path in scans:
+            yield path, _scan_problems(path)
+        yield folder, _sequence_problems(folder, scans)
+
+
+def _scan_problems(path: Path) -> list[str]:
+    problems, points = [], None
+    try:
+        scan = read_scan(path)
+        points = len(scan)
+        bad = ~np.isfinite(scan).all(1)
+        if bad.any():
+            problems.append(
+                f"{path}: {int(bad.sum())} points are not finite, the first in row "
+                f"{int(np.argmax(bad))}"
+            )
+    except InputError as error:
+        problems.append(str(error))
+    label = path.parent.parent / "labels" / f"{path.stem}.label"
+    if label.is_file():
+        try:
+            map_labels(read_labels(label, points))
+        except InputError as error:
+            problems.append(str(error))
+        except ValueError as error:
+            problems.append(f"{label}: {error}")
+    elif path.parent.parent.name not in SPLITS["test"]:
+        problems.append(f"{label}: missing; its points would be ignored")
+    return problems
+
+
+def _sequence_problems(folder: Path, scans: list[Path]) -> list[str]:
+    try:
+        poses = load_poses(folder)
+        last = max((_file_number(p) for p in scans), default=-1)
+    except InputError as error:
+        return [str(error)]
+    if last >= len(poses):
+        return [f"{folder / 'poses.txt'}: {len(poses)} rows, but scans up to {last:06d}"]
+    return []

@@ -1,0 +1,296 @@
+"""SemanticKITTI: files, labels, poses, splits and every kind of bad input."""
+
+import logging
+import re
+
+import numpy as np
+import pytest
+from scipy.spatial import cKDTree
+
+from pointcept_kd.data.semantic_kitti import (
+    CLASS_NAMES,
+    COLORS,
+    LEARNING_MAP,
+    LEARNING_MAP_INV,
+    SPLITS,
+    SemanticKITTIDataset,
+    check_folder,
+    load_calib,
+    load_poses,
+    map_labels,
+)
+from pointcept_kd.host import DATASETS, InputError
+
+# Points per raw class id over the 12 sample scans, from the table in their README.
+SAMPLE_COUNTS = {
+    0: 40284, 40: 381386, 71: 24035, 1: 116, 44: 29029, 72: 168684, 10: 41685, 48: 282122,
+    80: 7781, 11: 347, 49: 10003, 81: 4742, 13: 2076, 50: 163419, 99: 24124, 15: 228, 51: 15187,
+    252: 5885, 18: 5645, 52: 14469, 254: 895, 20: 172, 60: 3559, 255: 361, 30: 840, 70: 254958,
+}  # fmt: skip
+
+TR = "0 -1 0 0.1 0 0 -1 0.2 1 0 0 0.3"
+EYE = "1 0 0 0 0 1 0 0 0 0 1 0"
+
+
+def write(root, sequence="00", number=0, points=6, labels=None, **change):
+    """A tiny scan; `labels=None` writes road for every point, `labels=()` no file."""
+    folder = root / "dataset" / "sequences" / sequence
+    for part in ("velodyne", "labels"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    scan = np.arange(4 * points, dtype=np.float32).reshape(-1, 4) / 100
+    for (row, column), value in change.get("cells", {}).items():
+        scan[row, column] = value
+    (folder / "velodyne" / f"{number:06d}.bin").write_bytes(scan.tobytes()[: change.get("cut")])
+    if labels != ():
+        ids = np.full(points, 40, np.uint32) if labels is None else np.array(labels, np.uint32)
+        (folder / "labels" / f"{number:06d}.label").write_bytes(ids.tobytes())
+    (folder / "calib.txt").write_text(f"P0: {EYE}\nTr: {TR}\n")
+    (folder / "poses.txt").write_text("\n".join([EYE] * change.get("poses", number + 1)))
+    return folder
+
+
+def dataset(root, **options):
+    return SemanticKITTIDataset(**{"split": "train", "data_root": str(root), **options})
+
+
+# Constants
+
+
+def test_the_nineteen_classes():
+    assert len(CLASS_NAMES) == len(COLORS) == 19
+    assert COLORS.dtype == np.uint8
+    assert len({tuple(c) for c in COLORS}) == 19
+    assert CLASS_NAMES[0] == "car"
+    assert CLASS_NAMES[8:12] == ("road", "parking", "sidewalk", "other-ground")
+    assert CLASS_NAMES[18] == "traffic-sign"
+    for train_id in range(19):
+        assert LEARNING_MAP[LEARNING_MAP_INV[train_id]] == train_id
+    assert LEARNING_MAP[252] == LEARNING_MAP[10]
+    assert LEARNING_MAP[60] == LEARNING_MAP[40]
+    assert {LEARNING_MAP[i] for i in (0, 1, 52, 99)} == {-1}
+
+
+def test_map_labels_ignores_instance_and_takes_ignore_index():
+    raw = np.array([10 | (7 << 16), 252, 60, 0, 99, 81], np.uint32)
+    assert map_labels(raw, 255).tolist() == [0, 0, 8, 255, 255, 18]
+    with pytest.raises(ValueError, match=r"class id 7 in row 1 .* \(2 such points\)"):
+        map_labels(np.array([10, 7, 9], np.uint32))
+
+
+# Reading
+
+
+def test_values_as_stored(tmp_path):
+    write(tmp_path, "03", 7, labels=[10, 40, 252 | (3 << 16), 0, 99, 81])
+    data = dataset(tmp_path, ignore_index=255).get_data(0)
+    assert sorted(data) == ["coord", "name", "segment", "strength"]
+    assert data["coord"].dtype == data["strength"].dtype == np.float32
+    assert data["coord"].shape == (6, 3)
+    assert data["strength"][:, 0] == pytest.approx([0.03, 0.07, 0.11, 0.15, 0.19, 0.23])
+    assert data["segment"].tolist() == [0, 8, 0, 255, 255, 18]
+    assert data["name"] == "03_000007"
+
+
+def test_registered_under_both_names():
+    assert DATASETS.get("SemanticKITTIDataset") is SemanticKITTIDataset
+    assert DATASETS.get("kd.SemanticKITTIDataset") is SemanticKITTIDataset
+
+
+def test_label_path_survives_velodyne_in_the_root(tmp_path):
+    root = tmp_path / "velodyne"
+    write(root)
+    assert dataset(root).get_data(0)["segment"].tolist() == [8] * 6
+
+
+def test_splits_and_sequences(tmp_path):
+    for name in ("00", "08", "11", "09"):
+        write(tmp_path, name)
+
+    def names(**options):
+        data = dataset(tmp_path, **options)
+        return [data.get_data_name(i)[:2] for i in range(len(data.data_list))]
+
+    assert SPLITS["train"] == ("00", "01", "02", "03", "04", "05", "06", "07", "09", "10")
+    assert names() == ["00", "09"]
+    assert names(split="val") == ["08"]
+    assert names(split="test") == ["11"]
+    assert names(split=["val", "train", "00"]) == ["08", "00", "09"]
+    assert names(split="09") == ["09"]
+    assert names(sequences=[0, "8"]) == ["00", "08"]
+    assert len(dataset(tmp_path, loop=3)) == 6
+
+
+def test_missing_labels_are_ignored_not_cars(tmp_path, caplog):
+    for number in (0, 1):
+        write(tmp_path, "01", number, labels=())
+    write(tmp_path, "11", labels=())
+    with caplog.at_level(logging.WARNING):
+        test = dataset(tmp_path, split="test")
+        assert test.get_data(0)["segment"].tolist() == [-1] * 6
+        assert not caplog.records
+        train = dataset(tmp_path)
+        for i in (0, 1):
+            assert train.get_data(i)["segment"].tolist() == [-1] * 6
+    assert len(caplog.records) == 1
+    assert "000000.label is missing" in caplog.text
+
+
+# Poses
+
+
+def test_poses_by_hand_and_by_file_number(tmp_path):
+    folder = write(tmp_path, "02", 4)
+    rows = [EYE] * 4 + ["1 0 0 0 0 1 0 0 0 0 1 5"]  # camera: 5 m along its z, which is forward
+    (folder / "poses.txt").write_text("\n".join(rows) + "\n")
+    pose = dataset(tmp_path).pose_of(0)
+    expected = np.eye(4)
+    expected[0, 3] = 5  # forward is x of the velodyne; Tr's offset cancels without rotation
+    assert pose == pytest.approx(expected)
+    assert load_calib(folder / "calib.txt")["P0"].shape == (3, 4)
+    assert load_calib(folder / "calib.txt")["Tr"].shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("poses.txt", EYE, r"poses\.txt: 1 rows, none for scan 000002\.bin"),
+        ("poses.txt", "1 2 3", r"poses\.txt: row 0 should hold 12"),
+        ("poses.txt", "", r"poses\.txt: no poses"),
+        ("poses.txt", EYE.replace("1", "nan"), r"poses\.txt: row 0 .* finite"),
+        ("calib.txt", f"P0: {EYE}", r"calib\.txt: no row Tr"),
+        ("calib.txt", "Tr: 1 2 x", r"calib\.txt: row 0 should hold 12"),
+    ],
+)
+def test_bad_pose_files(tmp_path, name, text, message):
+    folder = write(tmp_path, "00", 2)
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        dataset(tmp_path).pose_of(0)
+
+
+def test_missing_pose_file(tmp_path):
+    folder = write(tmp_path)
+    (folder / "poses.txt").unlink()
+    with pytest.raises(InputError, match=r"poses\.txt: cannot be read"):
+        load_poses(folder)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cut": -3}, r"000000\.bin: 93 bytes are no whole number of points"),
+        ({"points": 0}, r"000000\.bin: the scan has no points"),
+        ({"labels": [40] * 5}, r"000000\.label: 20 bytes of labels, expected 24 for 6 points"),
+        ({"labels": [40, 40, 40, 7, 7, 40]}, r"000000\.label: class id 7 in row 3"),
+        (
+            {"cells": {(2, 1): np.nan, (4, 0): np.inf}},
+            r"000000\.bin: row 2 is not finite .* 2 of 6 points; .*nonfinite='drop'",
+        ),
+    ],
+)
+def test_bad_files_are_named(tmp_path, change, message):
+    write(tmp_path, **change)
+    with pytest.raises(InputError, match=message) as caught:
+        dataset(tmp_path).get_data(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_drop_removes_the_rows_everywhere(tmp_path):
+    labels = [10, 40, 48, 50, 70, 81]
+    write(tmp_path, labels=labels, cells={(2, 1): np.nan, (4, 3): -np.inf})
+    data = dataset(tmp_path, nonfinite="drop").get_data(0)
+    assert data["segment"].tolist() == [0, 8, 12, 18]
+    assert len(data["coord"]) == len(data["strength"]) == 4
+    assert np.isfinite(data["coord"]).all()
+    write(tmp_path, points=1, cells={(0, 0): np.nan})
+    with pytest.raises(InputError, match="all 1 points are not finite"):
+        dataset(tmp_path, nonfinite="drop").get_data(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, r"for sequences 08 \(split 'val'\).*semantic-kitti\.org.*simulate"),
+        ({"split": "validation"}, "split: 'validation' is unknown; use train, val, test"),
+        ({"sequences": ["00", "05"]}, r"05.velodyne: no scans; `sequences` asks for 05"),
+        ({"sequences": []}, "for sequences none"),
+        ({"sequences": ["train"]}, "sequences: 'train' is unknown"),
+        ({"nonfinite": "skip"}, "nonfinite='skip': use 'error' or 'drop'"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    write(tmp_path)
+    with pytest.raises(InputError, match=message):
+        dataset(tmp_path, **options)
+
+
+def test_missing_folder_says_where_to_get_it(tmp_path):
+    with pytest.raises(InputError, match=r"semantic-kitti\.org.*prepare_data\.py simulate"):
+        dataset(tmp_path / "nothing")
+
+
+def test_check_reports_each_problem(tmp_path):
+    write(tmp_path, "00", 0)
+    write(tmp_path, "00", 1, cut=-1)
+    write(tmp_path, "00", 2, labels=[40] * 3)
+    write(tmp_path, "00", 3, labels=[7] * 6)
+    write(tmp_path, "00", 4, labels=(), cells={(1, 1): np.nan})
+    write(tmp_path, "00", 5, poses=5)
+    write(tmp_path, "12", 0, labels=())
+    found = [line for _, problems in check_folder(tmp_path) for line in problems]
+    text = "\n".join(found)
+    for pattern in (
+        r"000001\.bin: 95 bytes", r"000002\.label: 12 bytes", r"000003\.label: class id 7",
+        r"000004\.bin: 1 points are not finite, the first in row 1", r"000004\.label: missing",
+        r"poses\.txt: 5 rows, but scans up to 000005",
+    ):  # fmt: skip
+        assert re.search(pattern, text), pattern
+    # The labels of the cut scan are not held against it: without its points nobody can count.
+    assert len(found) == 6
+    with pytest.raises(InputError, match="is no folder"):
+        list(check_folder(tmp_path / "x"))
+
+
+# Real scans
+
+
+@pytest.fixture(scope="module")
+def real(samples):
+    return samples / "semantickitti"
+
+
+def test_real_histogram(real):
+    data = dataset(real, split=["train", "val"])
+    assert len(data) == 12
+    counts = np.zeros(20, np.int64)
+    for i in range(12):
+        scan = data.get_data(i)
+        assert scan["strength"].min() >= 0
+        assert scan["strength"].max() <= 1
+        counts += np.bincount(scan["segment"] + 1, minlength=20)
+    expected = np.zeros(20, np.int64)
+    for raw, count in SAMPLE_COUNTS.items():
+        expected[LEARNING_MAP[raw] + 1] += count
+    assert counts.tolist() == expected.tolist()
+    assert [i for i in range(19) if counts[i + 1] == 0] == [CLASS_NAMES.index("bicyclist")]
+
+
+def test_real_poses_follow_file_numbers(real):
+    data = dataset(real, sequences=["00"])
+    names = [data.get_data_name(i) for i in range(len(data))]
+    assert names == [f"00_{i:06d}" for i in (0, 1, 2, 5, 9)]
+    pose = np.linalg.inv(data.pose_of(0)) @ data.pose_of(4)
+    assert np.linalg.norm(pose[:3, 3]) == pytest.approx(6.69, abs=0.02)
+    clouds = []
+    for i in (0, 4):
+        coord = data.get_data(i)["coord"]
+        clouds.append(coord[np.linalg.norm(coord, axis=1) < 25][::7])
+    tree = cKDTree(data.get_data(0)["coord"])
+    moved = clouds[1] @ pose[:3, :3].T + pose[:3, 3]
+    apart, together = (np.median(tree.query(c)[0]) for c in (clouds[1], moved))
+    assert together < 0.6 * apart
+    assert together < 0.1
+    assert len(clouds[0]) > 1000
