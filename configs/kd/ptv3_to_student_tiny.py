@@ -1,0 +1,30 @@
+"""`ptv3_to_student.py` at the size of the demo: minutes on two CPU cores."""
+
+_base_ = [
+    "../_base_/sim_tiny.py",
+    "../_base_/ptv3_pair_tiny.py",
+    "../_base_/cpu_minutes.py",
+]
+
+save_path = "exp/sim_tiny/ptv3_to_student"
+model = dict(
+    type="kd.Distiller",
+    student=dict(model={{_base_.student_model}}, taps=dict(bottleneck="backbone.enc")),
+    teacher=dict(
+        model={{_base_.teacher_model}},
+        taps=dict(bottleneck="backbone.enc"),
+        weight="exp/sim_tiny/semseg-pt-v3m1-0-base/model/model_last.pth",
+        config="configs/sim/semseg-pt-v3m1-0-base_tiny.py",
+        train_if_missing=True,
+    ),
+    terms=dict(
+        logits=dict(type="kd.LogitKL", temperature=2.0, weight=1.0),
+        bottleneck=dict(
+            type="kd.FeatureMatch",
+            tap="bottleneck",
+            distance="cosine",
+            channels=(48, 128),
+            weight=1.0,
+        ),
+    ),
+)

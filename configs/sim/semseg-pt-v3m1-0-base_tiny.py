@@ -1,0 +1,10 @@
+"""The tiny teacher on the simulated streets."""
+
+_base_ = [
+    "../_base_/sim_tiny.py",
+    "../_base_/ptv3_pair_tiny.py",
+    "../_base_/cpu_minutes.py",
+]
+
+save_path = "exp/sim_tiny/semseg-pt-v3m1-0-base"
+model = {{_base_.teacher_model}}

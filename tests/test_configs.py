@@ -1,0 +1,109 @@
+"""Every shipped config reads, prints back, builds, and says what its family says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pointcept_kd.host import MODELS
+from pointcept_kd.host.config import RUNTIME_DEFAULTS, Config
+from pointcept_kd.host.loader import Compose
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name != "_base_")
+IDS = [str(p.relative_to(ROOT / "configs")) for p in FILES]
+
+
+def read(name):
+    return Config.fromfile(ROOT / "configs" / name)
+
+
+def plain(value):
+    """Containers of a config as plain dicts and lists, to compare."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_reads_and_prints_back(path, tmp_path):
+    cfg = Config.fromfile(path)
+    cfg.dump(tmp_path / "config.py")
+    again = Config.fromfile(tmp_path / "config.py")
+    assert plain(dict(again)) == plain(dict(cfg))
+    missing = set(RUNTIME_DEFAULTS) - set(cfg) - {"deterministic"}
+    assert not missing, f"every runtime key is spelled out: {missing}"
+    assert cfg.enable_wandb is False
+    assert cfg.epoch % cfg.eval_epoch == 0
+    assert not Path(cfg.save_path).is_absolute()
+    for split in ("train", "val", "test"):
+        Compose(cfg.data[split].transform)
+    assert len(cfg.data.names) == cfg.data.num_classes
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_the_model_builds(path):
+    cfg = Config.fromfile(path)
+    if cfg.model.type == "kd.Distiller":
+        cfg.model.teacher.weight = "random"
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "kd"], ids=lambda p: p.name)
+def test_the_teacher_is_the_one_its_config_trains(path):
+    cfg = Config.fromfile(path)
+    teacher = Config.fromfile(ROOT / cfg.model.teacher.config)
+    assert plain(teacher.model) == plain(cfg.model.teacher.model)
+    assert str(cfg.model.teacher.weight).startswith(teacher.save_path + "/model/")
+    assert plain(teacher.data) == plain(cfg.data), "teacher and student see the same data"
+
+
+@pytest.mark.parametrize(
+    ("distilled", "alone"),
+    [
+        ("kd/ptv3_to_student.py", "sim/semseg-pt-v3m1-1-student.py"),
+        ("kd/ptv3_to_student_tiny.py", "sim/semseg-pt-v3m1-1-student_tiny.py"),
+        (
+            "kd/ptv3_to_student_semantic_kitti.py",
+            "semantic_kitti/semseg-pt-v3m1-1-student.py",
+        ),
+        (
+            "kd/ptv3_to_student_samples.py",
+            "semantic_kitti/semseg-pt-v3m1-1-student_samples.py",
+        ),
+    ],
+)
+def test_the_student_alone_has_the_same_recipe(distilled, alone):
+    first, second = plain(dict(read(distilled))), plain(dict(read(alone)))
+    assert first["model"]["student"]["model"] == second["model"]
+    for key in ("model", "save_path"):
+        first.pop(key), second.pop(key)
+    assert first == second
+
+
+def test_the_semantic_kitti_child_differs_by_its_data():
+    head, child = (
+        plain(dict(read(f"kd/ptv3_to_student{tail}.py"))) for tail in ("", "_semantic_kitti")
+    )
+    for cfg in (head, child):
+        cfg.pop("save_path")
+        for key in ("weight", "config"):
+            cfg["model"]["teacher"].pop(key)
+        for split in ("train", "val", "test"):
+            cfg["data"][split].pop("data_root")
+    assert head == child
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("semantic_kitti/semseg-pt-v3m1-0-base.py", 46_159_507),
+        ("semantic_kitti/semseg-pt-v3m1-1-student.py", 2_777_539),
+    ],
+)
+def test_published_sizes(name, parameters):
+    with torch.device("meta"):
+        model = MODELS.build(read(name).model)
+    assert sum(p.numel() for p in model.parameters()) == parameters
