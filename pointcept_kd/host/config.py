@@ -29,9 +29,8 @@ from .errors import InputError
 from .pretty import print_source
 
 __all__ = [
-    "RUNTIME_DEFAULTS", "Config", "ConfigDict", "build_parser", "default_config_parser",
-    "default_setup", "fill_defaults", "find_config", "parse_options", "set_seed", "worker_init_fn",
-    "worker_seed",
+    "RUNTIME_DEFAULTS", "Config", "ConfigDict", "build_parser", "default_setup", "fill_defaults",
+    "find_config", "parse_options", "set_seed",
 ]  # fmt: skip
 
 # The runtime keys of Pointcept with its defaults, but no more workers than a laptop has cores and
@@ -349,51 +348,6 @@ def find_config(name: str | Path) -> Path:
     return given
 
 
-def default_config_parser(
-    file_path: str | Path, options: Mapping[str, Any] | Sequence[str] | None = None
-) -> Config:
-    """The config of a run: file, defaults, options, seed and loop filled in, dumped in `save_path`.
-
-    Creates `save_path/model`. `save_path/config.py` is kept as it is when the run is a resumed one.
-
-    Args:
-        file_path: config file, as `find_config` understands it.
-        options: dotted keys and values, or `key=value` strings.
-
-    Raises:
-        InputError: for a bad file or option, an `epoch` that is no multiple of `eval_epoch`, or a
-            `save_path` that cannot be written.
-    """
-    cfg = fill_defaults(Config.fromfile(find_config(file_path)))
-    if options:
-        cfg.merge_from_dict(options if isinstance(options, Mapping) else parse_options(options))
-    for key in ("epoch", "eval_epoch", "gradient_accumulation_steps", "batch_size"):
-        _check_count(cfg, key)
-    if cfg.epoch % cfg.eval_epoch != 0:
-        raise InputError(
-            f"epoch={cfg.epoch} must be a multiple of eval_epoch={cfg.eval_epoch}: between "
-            f"evaluations the train set is looped epoch // eval_epoch times"
-        )
-    if cfg.seed is None:
-        cfg.seed = secrets.randbelow(2**31)
-    train = cfg.get("data", {}).get("train")
-    if train:
-        train["loop"] = cfg.epoch // cfg.eval_epoch
-    folder = Path(cfg.save_path)
-    try:
-        (folder / "model").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"save_path={cfg.save_path}: cannot create {folder / 'model'} ({error.strerror}); "
-            "choose a folder that can be written"
-        ) from error
-    # Under a launcher that starts every process itself, only the first one writes.
-    first = int(os.environ.get("RANK", comm.get_rank())) == 0
-    if first and not (cfg.resume and (folder / "config.py").exists()):
-        cfg.dump(folder / "config.py")
-    return cfg
-
-
 def _check_count(cfg: Any, key: str, low: int = 1) -> None:
     value = cfg.get(key)
     if type(value) is not int or value < low:
@@ -452,13 +406,3 @@ def set_seed(seed: int | None, deterministic: bool = True) -> int:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
     return seed
-
-
-def worker_seed(worker_id: int, num_workers: int, rank: int, seed: int) -> int:
-    """The seed of one data-loading worker; no two workers of a run share one."""
-    return num_workers * rank + worker_id + seed
-
-
-def worker_init_fn(worker_id: int, num_workers: int, rank: int, seed: int) -> None:
-    """Seed a data-loading worker; give all but `worker_id` by `functools.partial`."""
-    set_seed(worker_seed(worker_id, num_workers, rank, seed))
