@@ -1,4 +1,4 @@
-"""Real scans, short: teacher, then distilled student, then evaluation, through the shipped configs and the real reader."""
+"""Real scans, short: teacher, distilled student and evaluation, by the shipped configs and the real reader."""
 
 import json
 import sys

@@ -169,14 +169,15 @@ class Distiller(nn.Module):
                 raise InputError(
                     f"term {name}: no teacher {guest!r}; teachers: {sorted(self.teachers)}"
                 )
-            self.terms[name] = TERMS.build(arguments)
+            term: Term = TERMS.build(arguments)
+            self._connect(name, term, guest)
+            self.terms[name] = term
             self.weights[name] = weight
             self._teacher_of[name] = guest
-            self._connect(name, guest)
 
-    def _connect(self, name: str, guest: str) -> None:
+    def _connect(self, name: str, term: Term, guest: str) -> None:
         """Check that the taps a term reads exist, and ask the teacher for gradients where it needs them."""
-        of_student, of_teacher = self.terms[name].taps()
+        of_student, of_teacher = term.taps()
         for side, wanted, known in (
             ("student", of_student, set(self._student_taps.paths)),
             (f"teacher {guest}", of_teacher, self.teachers[guest].tap_names),
@@ -187,7 +188,7 @@ class Distiller(nn.Module):
                     f"term {name} reads tap {', '.join(sorted(missing))} of the {side}, which has {sorted(known)}; "
                     "name it under `taps`"
                 )
-        if self.terms[name].needs_teacher_grad:
+        if term.needs_teacher_grad:
             self.teachers[guest].differentiate_at(of_teacher)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Distiller":
