@@ -3,6 +3,39 @@
 Augmentation is that of Pointcept's PTv3 recipe for nuScenes; train on 00-07, 09, 10, validate on 08.
 """
 
+# Two underscores keep a name out of the config.
+__train = [
+    dict(type="RandomRotate", angle=[-1, 1], axis="z", center=[0, 0, 0], p=0.5),
+    dict(type="RandomScale", scale=[0.9, 1.1]),
+    dict(type="RandomFlip", p=0.5),
+    dict(type="RandomJitter", sigma=0.005, clip=0.02),
+    dict(type="GridSample", grid_size=0.05, mode="train", return_grid_coord=True),
+    dict(type="ToTensor"),
+    dict(type="Collect", keys=("coord", "grid_coord", "segment"), feat_keys=("coord", "strength")),
+]
+__evaluate = [
+    dict(type="Copy", keys_dict=dict(segment="origin_segment")),
+    dict(
+        type="GridSample",
+        grid_size=0.05,
+        mode="train",
+        return_grid_coord=True,
+        return_inverse=True,
+    ),
+    dict(type="ToTensor"),
+    dict(
+        type="Collect",
+        keys=("coord", "grid_coord", "segment", "origin_segment", "inverse", "name"),
+        feat_keys=("coord", "strength"),
+    ),
+]
+__scans = dict(
+    type="SemanticKITTIDataset",
+    data_root="data/semantic_kitti",
+    ignore_index=-1,
+    test_mode=False,
+)
+
 data = dict(
     num_classes=19,
     ignore_index=-1,
@@ -27,70 +60,7 @@ data = dict(
         "pole",
         "traffic-sign",
     ],
-    train=dict(
-        type="SemanticKITTIDataset",
-        split="train",
-        data_root="data/semantic_kitti",
-        ignore_index=-1,
-        transform=[
-            dict(type="RandomRotate", angle=[-1, 1], axis="z", center=[0, 0, 0], p=0.5),
-            dict(type="RandomScale", scale=[0.9, 1.1]),
-            dict(type="RandomFlip", p=0.5),
-            dict(type="RandomJitter", sigma=0.005, clip=0.02),
-            dict(type="GridSample", grid_size=0.05, mode="train", return_grid_coord=True),
-            dict(type="ToTensor"),
-            dict(
-                type="Collect",
-                keys=("coord", "grid_coord", "segment"),
-                feat_keys=("coord", "strength"),
-            ),
-        ],
-        test_mode=False,
-    ),
-    val=dict(
-        type="SemanticKITTIDataset",
-        split="val",
-        data_root="data/semantic_kitti",
-        ignore_index=-1,
-        transform=[
-            dict(type="Copy", keys_dict=dict(segment="origin_segment")),
-            dict(
-                type="GridSample",
-                grid_size=0.05,
-                mode="train",
-                return_grid_coord=True,
-                return_inverse=True,
-            ),
-            dict(type="ToTensor"),
-            dict(
-                type="Collect",
-                keys=("coord", "grid_coord", "segment", "origin_segment", "inverse", "name"),
-                feat_keys=("coord", "strength"),
-            ),
-        ],
-        test_mode=False,
-    ),
-    test=dict(
-        type="SemanticKITTIDataset",
-        split="val",
-        data_root="data/semantic_kitti",
-        ignore_index=-1,
-        transform=[
-            dict(type="Copy", keys_dict=dict(segment="origin_segment")),
-            dict(
-                type="GridSample",
-                grid_size=0.05,
-                mode="train",
-                return_grid_coord=True,
-                return_inverse=True,
-            ),
-            dict(type="ToTensor"),
-            dict(
-                type="Collect",
-                keys=("coord", "grid_coord", "segment", "origin_segment", "inverse", "name"),
-                feat_keys=("coord", "strength"),
-            ),
-        ],
-        test_mode=False,
-    ),
+    train=dict(split="train", transform=__train, **__scans),
+    val=dict(split="val", transform=__evaluate, **__scans),
+    test=dict(split="val", transform=__evaluate, **__scans),
 )

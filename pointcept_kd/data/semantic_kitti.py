@@ -186,6 +186,18 @@ def load_poses(sequence_dir: str | os.PathLike[str]) -> NDArray:
     return np.linalg.inv(calib["Tr"]) @ camera @ calib["Tr"]
 
 
+def _sequence(entry: str | int, key: str, choice: str) -> str:
+    """A sequence's folder name.
+
+    Raises:
+        InputError: for anything but a number up to 99.
+    """
+    text = str(entry)
+    if not (text.isdigit() and int(text) <= 99):
+        raise InputError(f"{key}: {entry!r} is unknown; use {choice} such as 04")
+    return text.zfill(2)
+
+
 @stand_in(DATASETS, kd.DATASETS, "SemanticKITTIDataset")
 class SemanticKITTIDataset(DefaultDataset):
     """Scans with 19 classes.
@@ -195,6 +207,8 @@ class SemanticKITTIDataset(DefaultDataset):
             list of these.
         data_root: the folder that holds `dataset/sequences`.
         sequences: sequences to read instead of those of the split.
+        unlabelled: sequences whose labels are withheld: their points are all `ignore_index`. Terms
+            that need no labels still learn from them.
         nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
         transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
 
@@ -216,11 +230,13 @@ class SemanticKITTIDataset(DefaultDataset):
         ignore_index: int = -1,
         loop: int = 1,
         sequences: Sequence[str | int] | None = None,
+        unlabelled: Sequence[str | int] = (),
         nonfinite: str = "error",
     ) -> None:
         if nonfinite not in ("error", "drop"):
             raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
         self.sequences = sequences
+        self.unlabelled = {_sequence(entry, "unlabelled", "a number") for entry in unlabelled}
         self.nonfinite = nonfinite
         self._poses: dict[str, NDArray] = {}
         self._told_missing = False
@@ -241,15 +257,12 @@ class SemanticKITTIDataset(DefaultDataset):
         asked = [asked] if isinstance(asked, (str, int)) else list(asked)
         names: list[str] = []
         for entry in asked:
-            text = str(entry)
-            if text in SPLITS and self.sequences is None:
-                names += SPLITS[text]
-            elif text.isdigit() and int(text) <= 99:
-                names.append(text.zfill(2))
+            if self.sequences is not None:
+                names.append(_sequence(entry, "sequences", "a number"))
+            elif entry in SPLITS:
+                names += SPLITS[entry]
             else:
-                key = "split" if self.sequences is None else "sequences"
-                choice = "train, val, test or a sequence" if key == "split" else "a number"
-                raise InputError(f"{key}: {entry!r} is unknown; use {choice} such as 04")
+                names.append(_sequence(entry, "split", "train, val, test or a sequence"))
         return list(dict.fromkeys(names))
 
     def get_data_list(self) -> list[str]:
@@ -310,6 +323,8 @@ class SemanticKITTIDataset(DefaultDataset):
 
     def _segment(self, idx: int, points: int) -> NDArray:
         path = self.label_path(idx)
+        if path.parent.parent.name in self.unlabelled:
+            return np.full(points, self.ignore_index, np.int32)
         if not path.is_file():
             if path.parent.parent.name not in SPLITS["test"] and not self._told_missing:
                 self._told_missing = True

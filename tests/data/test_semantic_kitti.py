@@ -135,6 +135,16 @@ def test_missing_labels_are_ignored_not_cars(tmp_path, caplog):
     assert "000000.label is missing" in caplog.text
 
 
+def test_labels_are_withheld_where_asked(tmp_path):
+    for name in ("00", "04"):
+        write(tmp_path, name)
+    data = dataset(tmp_path, sequences=["00", "04"], unlabelled=[4])
+    first, second = (data.get_data(i) for i in range(2))
+    assert (first["segment"] >= 0).any()
+    assert second["segment"].tolist() == [-1] * len(second["coord"])
+    assert np.array_equal(first["coord"], second["coord"])
+
+
 # Poses
 
 
@@ -218,6 +228,7 @@ def test_drop_removes_the_rows_everywhere(tmp_path):
         ({"sequences": ["00", "05"]}, r"05.velodyne: no scans; `sequences` asks for 05"),
         ({"sequences": []}, "for sequences none"),
         ({"sequences": ["train"]}, "sequences: 'train' is unknown"),
+        ({"unlabelled": ["rest"]}, "unlabelled: 'rest' is unknown"),
         ({"nonfinite": "skip"}, "nonfinite='skip': use 'error' or 'drop'"),
     ],
 )
