@@ -17,9 +17,10 @@ MIOU = {"teacher": 0.6, "student": 0.4, "distilled": 0.45}
 
 @pytest.fixture
 def data(tmp_path):
-    """Three validation scans and a training scan in SemanticKITTI's layout."""
+    """Three validation scans and a scan of each training sequence in SemanticKITTI's layout."""
     rng = np.random.default_rng(0)
-    for name in ("00/000000", "08/000000", "08/000001", "08/000002"):
+    training = [f"{i:02d}/000000" for i in range(6)]
+    for name in (*training, "08/000000", "08/000001", "08/000002"):
         sequence, number = name.split("/")
         folder = tmp_path / "data" / "dataset" / "sequences" / sequence
         for part in ("velodyne", "labels"):
@@ -100,7 +101,7 @@ def test_a_run_is_known_by_settings_data_and_teacher(tmp_path, data):
     before = [s.fingerprint for s in steps_of(tmp_path, data)]
     assert before == [s.fingerprint for s in steps_of(tmp_path, data)]
     assert len(set(before)) == 3
-    for after in (steps_of(tmp_path, data, batch_size=2), steps_of(tmp_path, data, (1,))):
+    for after in (steps_of(tmp_path, data, batch_size=4), steps_of(tmp_path, data, (1,))):
         assert not {s.fingerprint for s in after} & set(before)
     (data / "dataset/sequences/00/velodyne/000001.bin").write_bytes(b"0" * 16)
     assert not {s.fingerprint for s in steps_of(tmp_path, data)} & set(before)
@@ -118,7 +119,7 @@ def test_a_finished_run_is_kept_and_a_changed_one_trained_anew(tmp_path, data, t
     assert len(trainings.commands) == 1
     assert "finished by commit abc123" in capsys.readouterr().out
     (step.folder / "stale").touch()
-    changed, *_ = steps_of(tmp_path, data, batch_size=2)
+    changed, *_ = steps_of(tmp_path, data, batch_size=4)
     demo.run_step(changed, "teacher")
     assert len(trainings.commands) == 2
     assert "--resume" not in trainings.commands[1]

@@ -3,12 +3,11 @@
 _base_ = ["ptv3_to_student_tiny.py"]
 
 save_path = "exp/samples/ptv3_to_student"
-batch_size = 2
 batch_size_val = 1
 epoch = 60
 eval_epoch = 6
 data = dict(
-    train=dict(data_root="data/samples", sequences=["00", "04", "06", "07"]),
+    train=dict(data_root="data/samples", sequences=["00", "04", "06", "07"], unlabelled=[]),
     val=dict(data_root="data/samples", sequences=["08"]),
     test=dict(data_root="data/samples", sequences=["08"]),
 )

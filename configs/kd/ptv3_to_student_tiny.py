@@ -1,4 +1,8 @@
-"""`ptv3_to_student.py` at the size of the demo: minutes on two CPU cores."""
+"""`ptv3_to_student.py` at the size of the demo: minutes on two CPU cores.
+
+One sequence of six is labelled, as in `configs/sim/*_tiny.py`. Scans are cheap and labels are not: on the other five the
+student learns from the teacher's scores. It takes as many steps, on batches as large, as the student alone.
+"""
 
 _base_ = [
     "../_base_/sim_tiny.py",
@@ -7,6 +11,14 @@ _base_ = [
 ]
 
 save_path = "exp/sim_tiny/ptv3_to_student"
+data = dict(
+    train=dict(
+        sequences=["00", "01", "02", "03", "04", "05"],
+        unlabelled=["01", "02", "03", "04", "05"],
+    ),
+)
+epoch = 7  # 60 steps each
+eval_epoch = 7
 model = dict(
     type="kd.Distiller",
     student=dict(model={{_base_.student_model}}, taps=dict(bottleneck="backbone.enc")),

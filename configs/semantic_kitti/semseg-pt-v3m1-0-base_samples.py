@@ -7,7 +7,6 @@ _base_ = [
 ]
 
 save_path = "exp/samples/semseg-pt-v3m1-0-base"
-batch_size = 2
 batch_size_val = 1
 epoch = 60
 eval_epoch = 6

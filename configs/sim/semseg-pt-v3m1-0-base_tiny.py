@@ -1,4 +1,4 @@
-"""The tiny teacher on the simulated streets."""
+"""The tiny teacher on one labelled sequence of the simulated streets, 20 scans."""
 
 _base_ = [
     "../_base_/sim_tiny.py",
@@ -7,4 +7,7 @@ _base_ = [
 ]
 
 save_path = "exp/sim_tiny/semseg-pt-v3m1-0-base"
+data = dict(train=dict(sequences=["00"]))
+epoch = 42  # 10 steps each
+eval_epoch = 7
 model = {{_base_.teacher_model}}

@@ -1,4 +1,4 @@
-"""The tiny student on the simulated streets, trained without a teacher."""
+"""The tiny student on the same labelled sequence, trained without a teacher."""
 
 _base_ = ["semseg-pt-v3m1-0-base_tiny.py"]
 

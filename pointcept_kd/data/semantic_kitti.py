@@ -209,6 +209,8 @@ class SemanticKITTIDataset(DefaultDataset):
         sequences: sequences to read instead of those of the split.
         unlabelled: sequences whose labels are withheld: their points are all `ignore_index`. Terms
             that need no labels still learn from them.
+        label_fraction: share of a scan's points whose labels are kept, 0 to 1; the same points
+            every time. The others are `ignore_index`, as where people label a few clicks a scan.
         nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
         transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
 
@@ -231,11 +233,15 @@ class SemanticKITTIDataset(DefaultDataset):
         loop: int = 1,
         sequences: Sequence[str | int] | None = None,
         unlabelled: Sequence[str | int] = (),
+        label_fraction: float = 1.0,
         nonfinite: str = "error",
     ) -> None:
         if nonfinite not in ("error", "drop"):
             raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
+        if not 0 <= label_fraction <= 1:
+            raise InputError(f"label_fraction={label_fraction}: expected a number from 0 to 1")
         self.sequences = sequences
+        self.label_fraction = label_fraction
         self.unlabelled = {_sequence(entry, "unlabelled", "a number") for entry in unlabelled}
         self.nonfinite = nonfinite
         self._poses: dict[str, NDArray] = {}
@@ -332,13 +338,19 @@ class SemanticKITTIDataset(DefaultDataset):
                                "are ignored", path)  # fmt: skip
             return np.full(points, self.ignore_index, np.int32)
         try:
-            return map_labels(read_labels(path, points), self.ignore_index)
+            segment = map_labels(read_labels(path, points), self.ignore_index)
         except InputError:
             raise
         except ValueError as error:
             raise InputError(
                 f"{path}: {error}; the file is damaged or of another data set"
             ) from error
+        if self.label_fraction < 1:
+            # Seeded by the scan's name: which points are labelled is a fact of the data, not of a run.
+            name = np.frombuffer(self.get_data_name(idx).encode(), np.uint8)
+            kept = np.random.default_rng(name).random(points) < self.label_fraction
+            segment[~kept] = self.ignore_index
+        return segment
 
     def pose_of(self, idx: int) -> NDArray:
         """Velodyne pose (4, 4) float64 of a scan, looked up by its file number.

@@ -145,6 +145,20 @@ def test_labels_are_withheld_where_asked(tmp_path):
     assert np.array_equal(first["coord"], second["coord"])
 
 
+def test_a_share_of_the_labels_is_kept_and_always_the_same(tmp_path):
+    for number in (0, 1):
+        write(tmp_path, "00", number, points=4000, labels=[40] * 4000)
+    full, part = dataset(tmp_path), dataset(tmp_path, label_fraction=0.1)
+    for i in (0, 1):
+        segment, all_of_it = part.get_data(i)["segment"], full.get_data(i)["segment"]
+        kept = segment >= 0
+        assert 0.08 < kept.mean() < 0.12
+        assert np.array_equal(segment[kept], all_of_it[kept])
+        assert np.array_equal(dataset(tmp_path, label_fraction=0.1).get_data(i)["segment"], segment)
+    assert not np.array_equal(*(part.get_data(i)["segment"] for i in (0, 1)))
+    assert (dataset(tmp_path, label_fraction=0.0).get_data(0)["segment"] == -1).all()
+
+
 # Poses
 
 
@@ -228,6 +242,7 @@ def test_drop_removes_the_rows_everywhere(tmp_path):
         ({"sequences": ["00", "05"]}, r"05.velodyne: no scans; `sequences` asks for 05"),
         ({"sequences": []}, "for sequences none"),
         ({"sequences": ["train"]}, "sequences: 'train' is unknown"),
+        ({"label_fraction": 1.5}, "label_fraction=1.5: expected a number from 0 to 1"),
         ({"unlabelled": ["rest"]}, "unlabelled: 'rest' is unknown"),
         ({"nonfinite": "skip"}, "nonfinite='skip': use 'error' or 'drop'"),
     ],
