@@ -25,19 +25,6 @@ def plain(value):
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def labelled_alike(alone, distilled):
-    """Check that both have labels for the same sequences, and drop those keys; returns how many times more scans."""
-    withheld = set(distilled.pop("unlabelled", None) or ())
-    ours, theirs = distilled.pop("sequences", None), alone.pop("sequences", None)
-    if ours is None:
-        assert not withheld
-        assert theirs is None
-        return 1
-    assert sorted(set(ours) - withheld) == sorted(theirs)
-    assert withheld <= set(ours)
-    return len(ours) // len(theirs)
-
-
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_reads_and_prints_back(path, tmp_path):
     cfg = Config.fromfile(path)
@@ -71,7 +58,11 @@ def test_the_teacher_is_the_one_its_config_trains(path):
     assert plain(teacher.model) == plain(cfg.model.teacher.model)
     assert str(cfg.model.teacher.weight).startswith(teacher.save_path + "/model/")
     theirs, ours = plain(teacher.data), plain(cfg.data)
-    labelled_alike(theirs["train"], ours["train"])
+    if path.stem.endswith("_tiny"):
+        # The demo's student drives other streets, and its evaluation is on streets that neither trained on.
+        drives = set(theirs["train"].pop("sequences")), set(ours["train"].pop("sequences"))
+        assert not drives[0] & drives[1]
+        assert ours["train"].pop("label_fraction") == 0.01
     assert theirs == ours, "teacher and student see the same data"
 
 
@@ -93,10 +84,7 @@ def test_the_teacher_is_the_one_its_config_trains(path):
 def test_the_student_alone_has_the_same_recipe(distilled, alone):
     first, second = plain(dict(read(distilled))), plain(dict(read(alone)))
     assert first["model"]["student"]["model"] == second["model"]
-    # Where the distilled student has unlabelled scans as well, it takes as many steps as the student alone.
-    more = labelled_alike(second["data"]["train"], first["data"]["train"])
-    assert second["epoch"] == first["epoch"] * more
-    for key in ("model", "save_path", "epoch", "eval_epoch"):
+    for key in ("model", "save_path"):
         first.pop(key), second.pop(key)
     assert first == second
 

@@ -373,24 +373,17 @@ def notes(
     return lines
 
 
-def labels_note(alone: Step, distilled: Step) -> str:
-    """How many scans each student trained on, and how many of them carry labels."""
+def labels_note(teacher: Step, student: Step) -> str:
+    """What teacher and students trained on: scans, and the share of their points that carry labels."""
 
-    def scans(step: Step) -> tuple[int, int]:
+    def scans(step: Step) -> str:
         entry = read_config(step.config, step.options)["data"]["train"]
-        data = DATASETS.build({**entry, "transform": []})
-        withheld = {str(name).zfill(2) for name in entry.get("unlabelled", ())}
-        names = [data.get_data_name(i).split("_")[0] for i in range(len(data))]
-        return len(names), sum(name not in withheld for name in names)
+        share, drives = entry.get("label_fraction", 1.0), entry.get("sequences")
+        labels = "all points" if share == 1 else f"{100 * share:g} % of the points"
+        where = f" of drives {', '.join(drives)}" if drives else ""
+        return f"{len(DATASETS.build(entry))} scans{where}, {labels} labelled"
 
-    (total, labelled), (more, same) = scans(alone), scans(distilled)
-    if (total, labelled) == (more, same):
-        return f"All three networks trained on the same {labelled} labelled scans."
-    return (
-        f"Teacher and student alone trained on {labelled} labelled scans. The distilled student had labels for the same "
-        f"{same} and the teacher's scores on these and {more - same} scans without labels; both students took "
-        "equally many steps."
-    )
+    return f"Teacher: {scans(teacher)}. Both students: {scans(student)}; they differ by the teacher alone."
 
 
 def circumstances(
@@ -512,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [run_entry(group, names, sizes) for group, sizes in zip(groups, measured)]
     device = device_of(cfg)
     made = benchmark.environment(device)
-    about = [labels_note(*students[0]), *notes(runs, seeds, teacher.metrics(), device)]
+    about = [labels_note(teacher, students[0][0]), *notes(runs, seeds, teacher.metrics(), device)]
     given = sys.argv[1:] if argv is None else argv
     asked = shown(["tools/demo.py", *given])
     around = circumstances(steps, made, device)

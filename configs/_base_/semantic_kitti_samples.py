@@ -6,7 +6,7 @@ For a look at real data in minutes on a CPU, not for numbers to quote.
 _base_ = ["sim_tiny.py"]
 
 data = dict(
-    train=dict(data_root="data/samples", sequences=["00", "04", "06", "07"]),
+    train=dict(data_root="data/samples", sequences=["00", "04", "06", "07"], label_fraction=1.0),
     val=dict(data_root="data/samples", sequences=["08"]),
     test=dict(data_root="data/samples", sequences=["08"]),
 )

@@ -1,4 +1,4 @@
-"""The tiny teacher on one labelled sequence of the simulated streets, 20 scans."""
+"""The tiny teacher on three fully labelled drives through the simulated streets."""
 
 _base_ = [
     "../_base_/sim_tiny.py",
@@ -7,7 +7,5 @@ _base_ = [
 ]
 
 save_path = "exp/sim_tiny/semseg-pt-v3m1-0-base"
-data = dict(train=dict(sequences=["00"]))
-epoch = 42  # 10 steps each
-eval_epoch = 7
+data = dict(train=dict(sequences=["00", "01", "02"]))
 model = {{_base_.teacher_model}}
