@@ -164,14 +164,21 @@ def build_loader(
     workers: int,
     collate: Callable[[list[Any]], Any] = collate_fn,
     pin_memory: bool = False,
+    persistent: bool = False,
 ) -> DataLoader:
-    """A loader of seeded batches. `workers` = 0 loads in this process."""
+    """A loader of seeded batches.
+
+    Args:
+        workers: loading processes; 0 loads in this process.
+        persistent: keep them between epochs. Those of a training set start while this process is small; others would
+            start as copies of a process in the middle of training and keep its memory alive as long as they live.
+    """
     return DataLoader(
         SeededBatches(dataset, collate, seed),
         batch_sampler=sampler,
         collate_fn=_as_is,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
         pin_memory=pin_memory,
         # Its own generator: the loader draws from it at every start, which would shift the global stream.
         generator=torch.Generator(),

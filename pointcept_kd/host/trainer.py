@@ -199,7 +199,7 @@ class Trainer(TrainerBase):
             world=world,
         )
         collate = partial(point_collate_fn, mix_prob=cfg["mix_prob"])
-        return self._loader(dataset, sampler, cfg["num_worker_per_gpu"], collate)
+        return self._loader(dataset, sampler, cfg["num_worker_per_gpu"], collate, persistent=True)
 
     def build_val_loader(self) -> Any:
         """Validation batches in order, of any size; None where `evaluate` is off."""
@@ -225,9 +225,16 @@ class Trainer(TrainerBase):
             raise InputError(f"data.{split} has no samples: check its data_root and split")
         return dataset
 
-    def _loader(self, dataset: Any, sampler: EpochBatchSampler, workers: int, collate: Any) -> Any:
-        cuda = self.device.type == "cuda"
-        return build_loader(dataset, sampler, self.cfg["seed"], workers, collate, pin_memory=cuda)
+    def _loader(
+        self,
+        dataset: Any,
+        sampler: EpochBatchSampler,
+        workers: int,
+        collate: Any,
+        persistent: bool = False,
+    ) -> Any:
+        cuda, seed = self.device.type == "cuda", self.cfg["seed"]
+        return build_loader(dataset, sampler, seed, workers, collate, cuda, persistent)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser over all parameters, in the groups of `param_dicts`."""
