@@ -5,8 +5,8 @@ _base_ = ["runtime.py"]
 batch_size = 2
 batch_size_val = 4
 mix_prob = 0
-epoch = 16
-eval_epoch = 8
+epoch = 12
+eval_epoch = 6
 optimizer = dict(type="AdamW", lr=0.004, weight_decay=0.01)
 scheduler = dict(
     type="OneCycleLR",
