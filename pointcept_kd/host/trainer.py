@@ -328,6 +328,8 @@ class Trainer(TrainerBase):
             self.after_step()
         if self.cfg["empty_cache_per_epoch"] and self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.device.type == "cpu":
+            return_freed_memory()  # before the evaluation starts processes that are copies of this one
         self.after_epoch()
 
     def run_step(self) -> None:
