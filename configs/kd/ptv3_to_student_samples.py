@@ -4,8 +4,8 @@ _base_ = ["ptv3_to_student_tiny.py"]
 
 save_path = "exp/samples/ptv3_to_student"
 batch_size_val = 1
-epoch = 60
-eval_epoch = 6
+epoch = 24
+eval_epoch = 4
 data = dict(
     train=dict(data_root="data/samples", sequences=["00", "04", "06", "07"], label_fraction=1.0),
     val=dict(data_root="data/samples", sequences=["08"]),

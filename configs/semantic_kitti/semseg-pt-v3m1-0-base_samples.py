@@ -8,6 +8,6 @@ _base_ = [
 
 save_path = "exp/samples/semseg-pt-v3m1-0-base"
 batch_size_val = 1
-epoch = 60
-eval_epoch = 6
+epoch = 24
+eval_epoch = 4
 model = {{_base_.teacher_model}}
