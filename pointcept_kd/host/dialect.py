@@ -47,10 +47,8 @@ class ConfigDict(addict.Dict):
         raise KeyError(f"{name}{nearest(name, self)}")
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        if name in self:
             return self[name]
-        except KeyError:
-            pass
         raise AttributeError(f"the config has no key {name!r} here{nearest(name, self)}")
 
     def __setitem__(self, name: Any, value: Any) -> None:
