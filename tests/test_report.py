@@ -2,9 +2,7 @@
 
 import math
 import re
-import struct
 import xml.etree.ElementTree as ET
-import zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -78,26 +76,6 @@ class Page(HTMLParser):
 
     def all(self, tag):
         return [attrs for name, attrs in self.tags if name == tag]
-
-
-def decode_png(data):
-    """An (h, w, 3) picture from our own PNGs, read by the format's rules."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, place = {}, 8
-    while place < len(data):
-        (length,) = struct.unpack(">I", data[place : place + 4])
-        kind, content = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
-        (checksum,) = struct.unpack(">I", data[place + 8 + length : place + 12 + length])
-        assert checksum == zlib.crc32(kind + content)
-        chunks[kind] = content
-        place += 12 + length
-    width, height, depth, kind = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
-    assert depth == 8
-    rows = np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, -1)
-    assert (rows[:, 0] == 0).all()
-    if kind == 3:
-        return np.frombuffer(chunks[b"PLTE"], np.uint8).reshape(-1, 3)[rows[:, 1:]]
-    return rows[:, 1:].reshape(height, width, 3)
 
 
 def test_page_is_well_formed_and_self_contained():
@@ -237,39 +215,6 @@ def test_every_svg_of_the_page_is_xml():
     assert len(drawings) == 4
     for drawing in drawings:
         ET.fromstring(drawing)
-
-
-def test_birdseye_puts_forward_up_and_left_left():
-    coord = np.array([(20.0, 0, 0), (0, 20.0, 0), (-20.0, -20.0, 0), (99, 0, 0)])
-    picture = decode_png(report.birdseye_png(coord, np.array([0, 1, -1, 2]), COLORS))
-    assert picture.shape == (500, 500, 3)
-    assert (picture[50:52, 250:252] == COLORS[0]).all()
-    assert (picture[250:252, 50:52] == COLORS[1]).all()
-    assert (picture[450:452, 450:452] == report.IGNORED).all()
-    assert not (picture == COLORS[2]).all(-1).any()
-    # Three points of 2 x 2 pixels, the sensor's cross, and nothing else.
-    drawn = (picture != report.BACKGROUND).any(-1).sum()
-    assert drawn == 12 + (picture == 255).all(-1).sum()
-
-
-def test_birdseye_draws_far_from_above_first():
-    coord = np.array([(10.0, 5.0, 3.0), (10.0, 5.0, -1.7)])
-    labels = np.array([0, 1])
-    for order in ([0, 1], [1, 0]):
-        picture = decode_png(report.birdseye_png(coord[order], labels[order], COLORS))
-        assert (picture[150, 200] == COLORS[0]).all()
-    picture = decode_png(report.birdseye_png(coord, labels, COLORS, priority=np.array([0, 1])))
-    assert (picture[150, 200] == COLORS[1]).all()
-
-
-def test_birdseye_of_nothing():
-    picture = decode_png(report.birdseye_png(np.zeros((0, 3)), np.zeros(0, int), COLORS))
-    assert set(map(tuple, picture.reshape(-1, 3))) == {report.BACKGROUND, (255, 255, 255)}
-
-
-def test_png_with_many_colours_is_kept():
-    pixels = np.random.default_rng(0).integers(0, 256, (31, 17, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(decode_png(report.png_bytes(pixels)), pixels)
 
 
 def test_page_without_a_scan_or_with_an_unlabelled_one():

@@ -25,8 +25,7 @@ from __future__ import annotations
 import base64
 import math
 import os
-import struct
-import zlib
+import sys
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -34,12 +33,14 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pointcept_kd.data.pictures import IGNORED, birdseye_png
+
 # Fallbacks for a picture taken out of the page; in the page the style sheet decides, also for dark screens.
 SERIES_COLORS = ("#7a828c", "#c2570c", "#1d5fd0")
 DASHES = ("", "5 3", "")
 WIDTHS = (1.6, 1.6, 2.4)
-IGNORED = (72, 76, 84)
-BACKGROUND = (16, 18, 22)
 RIGHT_WRONG = np.array([(84, 90, 100), (255, 86, 64)])
 
 STYLE = """
@@ -440,74 +441,6 @@ def _pieces(line: Sequence[tuple[float, float | None]]) -> list[list[tuple[float
         else:
             pieces[-1].append((x, y))
     return [piece for piece in pieces if piece]
-
-
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """An (h, w, 3) uint8 picture as a PNG file (RFC 2083), with a palette where 256 colours are enough."""
-    height, width, _ = pixels.shape
-    codes = pixels.reshape(-1, 3).astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
-    palette, indices = np.unique(codes, return_inverse=True)
-    small = len(palette) <= 256
-    rows = indices.astype(np.uint8) if small else pixels
-    rows = rows.reshape(height, -1)
-    # Each row begins with its filter type, here always 0.
-    raw = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1).tobytes()
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
-
-    colors = palette.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes() if small else b""
-    return b"".join(
-        [
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3 if small else 2, 0, 0, 0)),
-            chunk(b"PLTE", colors) if small else b"",
-            chunk(b"IDAT", zlib.compress(raw, 9)),
-            chunk(b"IEND", b""),
-        ]
-    )
-
-
-def birdseye_png(
-    coord: np.ndarray,
-    labels: np.ndarray,
-    colors: np.ndarray,
-    half: float = 25.0,
-    scale: int = 10,
-    priority: np.ndarray | None = None,
-) -> bytes:
-    """A scan from above: `2 half` metres square around the sensor, forward (x) up, left (y) left.
-
-    Args:
-        coord: (n, 3) metres.
-        labels: (n,) rows of `colors`; negative ones are drawn grey.
-        colors: (k, 3) integers in [0, 255].
-        half: half the side of the picture, metres.
-        scale: pixels per metre; every point covers 2 x 2 pixels.
-        priority: (n,) what is drawn last stays visible; the height by default, so that what is far
-            from an eye above the street is drawn first.
-    Returns: a PNG file.
-    """
-    size = round(2 * half * scale)
-    picture = np.empty((size, size, 3), np.uint8)
-    picture[:] = BACKGROUND
-    coord, labels = np.asarray(coord, np.float64), np.asarray(labels)
-    lookup = np.concatenate([np.asarray(colors).reshape(-1, 3), [IGNORED]]).astype(np.uint8)
-    order = np.argsort(coord[:, 2] if priority is None else priority, kind="stable")
-    column = np.floor((half - coord[order, 1]) * scale).astype(np.int64)
-    row = np.floor((half - coord[order, 0]) * scale).astype(np.int64)
-    # -1 is the last row of the lookup.
-    color = lookup[np.maximum(labels[order], -1)]
-    # With repeated places numpy keeps the last; one assignment for all four pixels keeps the order.
-    rows = (row[:, None] + np.array([0, 0, 1, 1])).reshape(-1)
-    columns = (column[:, None] + np.array([0, 1, 0, 1])).reshape(-1)
-    inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size)
-    picture[rows[inside], columns[inside]] = np.repeat(color, 4, axis=0)[inside]
-    centre, arm = size // 2, max(3, scale // 2)
-    picture[centre - 1 : centre + 1, centre - arm : centre + arm] = 255
-    picture[centre - arm : centre + arm, centre - 1 : centre + 1] = 255
-    return png_bytes(picture)
 
 
 def _picture(png: bytes, name: str, remark: str, alt: str) -> str:
