@@ -8,6 +8,7 @@ and no DDP wrapper sees its parameters, and no checkpoint carries it; it only fo
 
 import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from pointcept_kd.host import MODELS, TERMS, InputError, kd
 from pointcept_kd.host.checkpoint import load_checkpoint, load_into, student_weights
+from pointcept_kd.host.hooks import HookBase
 
 from .taps import Activation, Taps, full_precision
+from .teacher_cache import TeacherCache, fixed_view, with_point_index
 
 RANDOM = "random"  # the `weight` of a teacher that is meant to be untrained
 
@@ -76,8 +79,9 @@ class Teacher:
         config: str | None = None,
         train_if_missing: bool = False,
     ) -> None:
-        self.name = name
+        self.name, self.model = name, model
         self.network: nn.Module = MODELS.build(model)
+        self.cache: TeacherCache | None = None
         if weight is None:
             raise InputError(
                 f"teacher {name} has no weight: give the path of its checkpoint, or weight='{RANDOM}' to mean it"
@@ -107,6 +111,15 @@ class Teacher:
         return set(self._paths)
 
     def __call__(self, batch: Mapping[str, Any]) -> Outputs:
+        """Its activations for a batch: from the cache where it has one, else by running the network."""
+        return self.run(batch) if self.cache is None else Outputs(self.cache(batch))
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Tap name to module path."""
+        return dict(self._paths)
+
+    def run(self, batch: Mapping[str, Any]) -> Outputs:
         """Run the network on a batch; no parameter or buffer of it changes.
 
         Returns:
@@ -124,7 +137,7 @@ class Teacher:
 
 
 @kd.MODELS.register_module()
-class Distiller(nn.Module):
+class Distiller(nn.Module, HookBase):
     """A student that learns from labels and from teachers.
 
     In training, `forward` returns 0-dim tensors only: `loss`, `loss_task`, for every term `loss_<term>` and, with its
@@ -136,9 +149,14 @@ class Distiller(nn.Module):
         terms: name to `dict(type=..., weight=1.0, teacher=...)` plus the term's own arguments; `teacher` names one
             of several teachers. A term with weight 0 is left out. None in place of a dict drops an inherited term.
         task_weight: weight of the student's own loss.
+        teacher_cache: folder where the teachers' answers to a fixed view of every training scan are kept, so that
+            they are computed once and not in every epoch, see `teacher_cache.py`; or `dict(folder=...,
+            transform=[...])` with the transforms of that view, by default those of `data.val`. Several teachers get a
+            folder each below it. Filled before the first epoch by the hook `ModelHook`.
 
     Raises:
-        InputError: for unknown taps, teachers or terms, and for teacher weights that do not fit.
+        InputError: for unknown taps, teachers or terms, for teacher weights that do not fit, and for a cache that
+            another teacher or transform made.
     """
 
     def __init__(
@@ -147,6 +165,7 @@ class Distiller(nn.Module):
         teacher: Mapping[str, Any],
         terms: Mapping[str, Any],
         task_weight: float = 1.0,
+        teacher_cache: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.student: nn.Module = MODELS.build(student["model"])
@@ -174,6 +193,7 @@ class Distiller(nn.Module):
             self.terms[name] = term
             self.weights[name] = weight
             self._teacher_of[name] = guest
+        self._cache_at = self._cache_settings(teacher_cache)
 
     def _connect(self, name: str, term: Term, guest: str) -> None:
         """Check that the taps a term reads exist, and ask the teacher for gradients where it needs them."""
@@ -190,6 +210,65 @@ class Distiller(nn.Module):
                 )
         if term.needs_teacher_grad:
             self.teachers[guest].differentiate_at(of_teacher)
+
+    def _cache_settings(self, entry: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if entry is None:
+            return None
+        settings = dict(entry) if isinstance(entry, Mapping) else {"folder": entry}
+        unknown = sorted(set(settings) - {"folder", "transform"})
+        if unknown or not isinstance(settings.get("folder"), str):
+            raise InputError(
+                f"teacher_cache={entry!r}: expected a folder, or dict(folder=..., transform=[...])"
+            )
+        for name, term in self.terms.items():
+            if term.needs_teacher_grad:
+                raise InputError(
+                    f"term {name} differentiates the teacher, which a cache cannot answer: drop the term, or "
+                    "teacher_cache"
+                )
+        return settings
+
+    # -- called by the trainer -----------------------------------------------------------------
+
+    def prepare_train_data(self, dataset: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config of the training set, with what the teachers' cache needs to find its rows again."""
+        return dataset if self._cache_at is None else with_point_index(dataset)
+
+    def check(self) -> None:
+        """Attach the caches; a stale one stops the run before it has written anything."""
+        if self._cache_at is None:
+            return
+        transform = self._cache_at.get("transform")
+        if transform is None:
+            transform = (self.trainer.cfg["data"].get("val") or {}).get("transform")
+            if not transform:
+                raise InputError(
+                    "teacher_cache takes the transforms of data.val, and there are none: give "
+                    "teacher_cache=dict(folder=..., transform=[...])"
+                )
+        folder = Path(self._cache_at["folder"])
+        used = dict.fromkeys(self._teacher_of.values())
+        for name in used:
+            teacher = self.teachers[name]
+            place = folder if len(self.teachers) == 1 else folder / name
+            teacher.cache = TeacherCache(
+                place, teacher.network, teacher.model, teacher.paths, transform
+            )
+        self._view = fixed_view(self.trainer.cfg["data"]["train"], transform)
+
+    def before_train(self) -> None:
+        """Compute what the caches do not hold yet."""
+        if self._cache_at is None:
+            return
+        for name in dict.fromkeys(self._teacher_of.values()):
+            teacher = self.teachers[name]
+            if teacher.cache is None:
+                self.check()
+            assert teacher.cache is not None  # set by `check`
+            workers = self.trainer.cfg["num_worker_per_gpu"]
+            teacher.cache.fill(teacher, self._view, self.trainer.device, workers)
+
+    # -- running -------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Distiller":
         """Move or cast the teachers along with the student."""
@@ -212,6 +291,13 @@ class Distiller(nn.Module):
             result = self.student(dict(batch))
         student = Outputs({name: full_precision(a) for name, a in activations.items()})
         student.loss = result["loss"]
+        if self._cache_at is not None and any(
+            self.teachers[name].cache is None for name in self._teacher_of.values()
+        ):
+            raise InputError(
+                "teacher_cache is filled by the trainer's hook ModelHook, which the config's hooks lack: add "
+                "dict(type='kd.ModelHook')"
+            )
         guests = {
             name: self.teachers[name](batch) for name in dict.fromkeys(self._teacher_of.values())
         }

@@ -155,6 +155,9 @@ class ModelHook(HookBase):
             model.trainer = self.trainer
             getattr(model, point)()
 
+    def check(self) -> None:
+        self._forward("check")
+
     def before_train(self) -> None:
         self._forward("before_train")
 

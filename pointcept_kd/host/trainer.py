@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Registered by being imported: the tester that PreciseEvaluator builds.
 from . import DATASETS, HOOKS, MODELS, TRAINERS, comm, kd, stand_in, tester  # noqa: F401
 from .batches import EpochBatchSampler, build_loader, seed_process
+from .checkpoint import unwrap
 from .config import default_setup
 from .errors import InputError
 from .hooks import HookBase, attach
@@ -187,7 +188,8 @@ class Trainer(TrainerBase):
     def build_train_loader(self) -> Any:
         """Seeded batches, shuffled; drops the last one only where the set is larger than a total batch."""
         cfg, world = self.cfg, comm.get_world_size()
-        dataset = self._dataset("train")
+        prepare = getattr(unwrap(self.model), "prepare_train_data", None)
+        dataset = self._dataset("train", prepare)
         batch_size = cfg["batch_size_per_gpu"]
         sampler = EpochBatchSampler(
             len(dataset),
@@ -219,8 +221,10 @@ class Trainer(TrainerBase):
         )
         return self._loader(dataset, sampler, cfg["num_worker_per_gpu"], collate_fn)
 
-    def _dataset(self, split: str) -> Any:
-        dataset = DATASETS.build(self.cfg["data"][split])
+    def _dataset(self, split: str, prepare: Any = None) -> Any:
+        """A split's dataset; a model may change the training set's config, to collect what it needs."""
+        entry = self.cfg["data"][split]
+        dataset = DATASETS.build(entry if prepare is None else prepare(entry))
         if len(dataset) == 0:
             raise InputError(f"data.{split} has no samples: check its data_root and split")
         return dataset
