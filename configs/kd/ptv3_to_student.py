@@ -14,6 +14,7 @@ save_path = "exp/sim/ptv3_to_student"
 enable_amp = True
 model = dict(
     type="kd.Distiller",
+    teacher_cache=None,  # a folder: ask the teacher once per scan, docs/teacher_cache.md
     student=dict(model={{_base_.student_model}}, taps=dict(bottleneck="backbone.enc")),
     teacher=dict(
         model={{_base_.teacher_model}},

@@ -14,6 +14,7 @@ save_path = "exp/sim_tiny/ptv3_to_student"
 data = dict(train=dict(sequences=["03", "04", "05"], label_fraction=0.01))
 model = dict(
     type="kd.Distiller",
+    teacher_cache=None,  # a folder: ask the teacher once per scan, docs/teacher_cache.md
     student=dict(model={{_base_.student_model}}),
     teacher=dict(
         model={{_base_.teacher_model}},
