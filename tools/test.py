@@ -1,9 +1,24 @@
-"""Score a trained network on the test or validation split and write its predictions.
+r"""Score a trained network on the test or validation split and write its predictions.
 
     python tools/test.py --config-file configs/kd/ptv3_to_student.py --options weight=exp/student/model/model_best.pth
-    python tools/test.py --config-file configs/kd/ptv3_to_student.py --options weight=... test.mode=fragments
+    python tools/test.py --config-file configs/kd/ptv3_to_student.py --mode tta --options test.tta=turns
+    python tools/test.py --config-file configs/semantic_kitti/semseg-pt-v3m1-1-student.py --mode tta \
+        --options data.test.split=test batch_size_test=4
+    python tools/test.py --config-file configs/kd/ptv3_to_student.py --options test.reuse=True
 
-For a distillation config the student alone is built and tested. Results are in save_path/result.
+For a distillation config the student alone is built and tested. Results are in save_path/result; `metrics.json` there
+says by which protocol the numbers came about.
+
+options of the tester (--options KEY=VALUE):
+  test.mode=single|fragments|tta   one pass per scan, as in validation (single); the config's fragment voting, needs
+                                   data.test with test_mode=True (fragments); test-time augmentation (tta)
+  test.tta=NAME or LIST            turns (4 passes), turns_flips (8, default), scales_flips (10), or one list of
+                                   transforms per pass
+  batch_size_test=N                scans (single), fragments or augmented passes in one forward
+  test.reuse=True                  go on with an interrupted test: take over what the same weights and settings made
+  test.save_predictions=False      no result/NAME_pred.npy
+  test.save_probabilities=True     also result/NAME_prob.npy, float16, for ensembles
+  test.save_submission=True|False  insist on result/submit, or write none; by default written where the data set can
 """
 
 from __future__ import annotations
@@ -19,7 +34,7 @@ from pointcept_kd.host import TESTERS
 from pointcept_kd.host.config import Config, build_parser
 from pointcept_kd.host.dialect import run_custom_imports
 from pointcept_kd.host.log import get_root_logger
-from pointcept_kd.host.runtime import complete, launch, read_config, run_tool
+from pointcept_kd.host.runtime import complete, launch, placement, read_config, run_tool
 
 
 def run_tester(cfg: Config) -> None:
@@ -33,13 +48,20 @@ def main() -> None:
     summary, _, examples = __doc__.partition("\n\n")
     parser = build_parser(summary, f"examples:\n{examples}")
     parser.add_argument("--data-root", help="folder of the data set, for all splits")
+    parser.add_argument(
+        "--mode", help="single, fragments or tta; the same as --options test.mode=MODE"
+    )
     args = parser.parse_args()
     cfg = read_config(args.config_file, args.options, args.data_root)
+    if args.mode is not None:
+        cfg.merge_from_dict({"test.mode": args.mode})
     best = Path(cfg["save_path"]) / "model" / "model_best.pth"
     if cfg["weight"] is None and best.is_file():
         cfg["weight"] = str(best)
         get_root_logger().info(f"No weight given: testing {best}")
-    launch(run_tester, args.num_gpus, complete(cfg))
+    if cfg["seed"] is None:
+        cfg["seed"] = 0  # a drawn one would give every test other points per voxel
+    launch(run_tester, cfg=complete(cfg), **placement(args))
 
 
 if __name__ == "__main__":

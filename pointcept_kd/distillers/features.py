@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pointcept_kd.host import TERMS, InputError
+from pointcept_kd.host.joint import joint_mean
 
 from .align import align
 from .base import Outputs, Term
@@ -30,8 +31,8 @@ def feature_mse(
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
     if len(student) == 0:
-        return student.sum()
-    return F.mse_loss(student, teacher.detach())
+        return joint_mean(student.sum(), 0)
+    return joint_mean(F.mse_loss(student, teacher.detach()), len(student))
 
 
 def feature_cosine(
@@ -50,8 +51,9 @@ def feature_cosine(
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
     if len(student) == 0:
-        return student.sum()
-    return (1 - F.cosine_similarity(student, teacher.detach(), dim=1, eps=eps)).mean()
+        return joint_mean(student.sum(), 0)
+    cosine = F.cosine_similarity(student, teacher.detach(), dim=1, eps=eps)
+    return joint_mean((1 - cosine).mean(), len(student))
 
 
 _DISTANCES = {"mse": feature_mse, "cosine": feature_cosine}

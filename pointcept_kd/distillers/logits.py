@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pointcept_kd.host import TERMS, InputError
+from pointcept_kd.host.joint import joint_mean
 
 from .base import Outputs, Term
 
@@ -38,11 +39,11 @@ def logit_kl(
     if valid is not None:
         student, teacher = student[valid], teacher[valid]
     if len(student) == 0:
-        return student.sum()
+        return joint_mean(student.sum(), 0)
     target = F.log_softmax(teacher.detach() / temperature, dim=1)
     log_p = F.log_softmax(student / temperature, dim=1)
     divergence = F.kl_div(log_p, target, reduction="sum", log_target=True)
-    return divergence * (temperature**2 / len(student))
+    return joint_mean(divergence * (temperature**2 / len(student)), len(student))
 
 
 @TERMS.register_module()

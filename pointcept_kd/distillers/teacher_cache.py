@@ -16,7 +16,6 @@ A cache is a folder: `cache.json` says what made it, `<scan>.npz` holds one scan
 """
 
 import copy
-import hashlib
 import io
 import json
 import logging
@@ -40,6 +39,7 @@ from pointcept_kd.host.checkpoint import write_atomic
 from pointcept_kd.host.hooks import progress
 from pointcept_kd.host.loader import collate_fn
 from pointcept_kd.host.point import offset2batch
+from pointcept_kd.host.results import weights_fingerprint
 from pointcept_kd.host.runtime import to_device
 from pointcept_kd.ops.grid import CellKeys, unique_cells
 
@@ -100,16 +100,6 @@ def fixed_view(
     return changed
 
 
-def weights_digest(network: nn.Module) -> str:
-    """SHA-256 of a network's weights and buffers, names and shapes included."""
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        array = value.detach().cpu().contiguous()
-        digest.update(f"{key} {array.dtype} {tuple(array.shape)}\n".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _plain(value: Any) -> Any:
     """Nested configs as JSON gives them back."""
     return json.loads(
@@ -144,7 +134,7 @@ class TeacherCache:
         self.fingerprint = {
             "format": FORMAT,
             "model": _plain(model),
-            "weights": weights_digest(network),
+            "weights": weights_fingerprint(network),
             "taps": _plain(dict(sorted(taps.items()))),
             "transform": _plain(list(transform)),
         }
