@@ -1,0 +1,384 @@
+"""nuScenes: key frames with 16 classes, their cameras and boxes.
+
+    data_root/info/nuscenes_infos_10sweeps_{train,val,test}.pkl   what belongs together (see `nuscenes_info`)
+             /raw/samples/LIDAR_TOP/*.pcd.bin                     float32 x, y, z, intensity (0..255), ring
+                 /sweeps/LIDAR_TOP/*.pcd.bin                      the scans between key frames
+                 /samples/CAM_*/*.jpg
+                 /lidarseg/v1.0-trainval/*_lidarseg.bin           uint8 class per point, 0..31
+
+Caesar et al., "nuScenes", CVPR 2020; Fong et al., "Panoptic nuScenes", RA-L 2022; https://www.nuscenes.org.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pointcept_kd.host import DATASETS, InputError, kd, stand_in
+from pointcept_kd.host.loader import DefaultDataset
+
+from .camera import Camera, image_size, read_rgb
+from .nuscenes_files import (
+    CLASS_NAMES,
+    COLORS,
+    LEARNING_MAP,
+    find_file,
+    map_labels,
+    read_infos,
+    read_labels,
+    read_scan,
+)
+from .sweeps import aggregate
+
+__all__ = ["CLASS_NAMES", "COLORS", "LEARNING_MAP", "NuScenesDataset", "problems"]
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+IMAGE_SIZE = (1600, 900)
+
+
+@stand_in(DATASETS, kd.DATASETS, "NuScenesDataset")
+class NuScenesDataset(DefaultDataset):
+    """Key frames with 16 classes; strength is intensity / 255, a name is the token of the LiDAR record.
+
+    Args:
+        split: `train`, `val`, `test`, or a list of these.
+        data_root: the folder that holds `info` and `raw`.
+        sweeps: which info file to read: that prepared with so many sweeps.
+        aggregate_sweeps: how many scans before the key frame are merged into it, as far as the info file knows them;
+            their points have no labels. A sample then also has `sweep` (n,), 0 for the key frame, whose points come
+            first, and `time` (n, 1), seconds before the key frame.
+        nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
+        transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
+
+    A scan without labels (all of `test`) is all `ignore_index`.
+
+    Raises:
+        InputError: for folders, files and labels that cannot be used; the text names the file.
+    """
+
+    def __init__(
+        self,
+        split: str | Sequence[str] = "train",
+        data_root: str = "data/nuscenes",
+        transform: Sequence[Mapping[str, Any]] | None = None,
+        test_mode: bool = False,
+        test_cfg: Mapping[str, Any] | None = None,
+        cache: bool = False,
+        ignore_index: int = -1,
+        loop: int = 1,
+        sweeps: int = 10,
+        aggregate_sweeps: int = 0,
+        nonfinite: str = "error",
+    ) -> None:
+        if nonfinite not in ("error", "drop"):
+            raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
+        for key, value, least in (("sweeps", sweeps, 1), ("aggregate_sweeps", aggregate_sweeps, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InputError(f"{key}={value!r}: expected a whole number, {least} or more")
+        if aggregate_sweeps >= sweeps:
+            raise InputError(
+                f"aggregate_sweeps={aggregate_sweeps}: info files of {sweeps} sweeps know "
+                f"{sweeps - 1} scans before a key frame; ask for fewer, or prepare more sweeps"
+            )
+        self.sweeps = sweeps
+        self.aggregate_sweeps = aggregate_sweeps
+        self.nonfinite = nonfinite
+        self.raw = Path(data_root) / "raw"
+        self._told_missing = False
+        super().__init__(
+            split=split, data_root=data_root, transform=transform, test_mode=test_mode,
+            test_cfg=test_cfg, cache=cache, ignore_index=ignore_index, loop=loop,
+        )  # fmt: skip
+
+    def info_path(self, split: str) -> Path:
+        """The info file of a split."""
+        if split not in SPLITS:
+            raise InputError(
+                f"split {split!r} is unknown; use {', '.join(SPLITS)} or a list of these"
+            )
+        return Path(self.data_root) / "info" / f"nuscenes_infos_{self.sweeps}sweeps_{split}.pkl"
+
+    def get_data_list(self) -> list[dict[str, Any]]:
+        """The entries of the info files of all splits asked for."""
+        entries: list[dict[str, Any]] = []
+        for split in [self.split] if isinstance(self.split, str) else self.split:
+            path = self.info_path(split)
+            if not path.is_file():
+                there = sorted(p.name for p in path.parent.glob("*.pkl"))
+                raise InputError(
+                    f"{path} is missing (there {'are ' + ', '.join(there) if there else 'is none'}); "
+                    "set sweeps and split, or make it: python tools/prepare_data.py nuscenes-info "
+                    f"--data-root {self.raw} --version v1.0-trainval --sweeps {self.sweeps} "
+                    f"--out {self.data_root}"
+                )
+            entries += read_infos(path)
+        return entries
+
+    def info(self, idx: int) -> dict[str, Any]:
+        """The info entry of a sample."""
+        return self.data_list[idx % len(self.data_list)]
+
+    def get_data_name(self, idx: int) -> str:
+        """Token of the key frame's LiDAR record."""
+        return self.info(idx)["lidar_token"]
+
+    def scan_path(self, idx: int) -> Path:
+        """Where the key frame's points are."""
+        return find_file(self.raw, self.info(idx)["lidar_path"])
+
+    def label_path(self, idx: int) -> Path | None:
+        """Where the labels of a key frame are, or should be; None for one that has none."""
+        path = self.info(idx).get("gt_segment_path")
+        return None if path is None else find_file(self.raw, path)
+
+    def get_data(self, idx: int) -> dict[str, Any]:
+        """One key frame: coord (n, 3), strength (n, 1) float32, segment (n,) int32, name; or merged with past scans."""
+        path = self.scan_path(idx)
+        scan = read_scan(path)
+        segment = self._segment(idx, len(scan))
+        frame = self._cleaned(path, scan, segment)
+        frame["name"] = self.get_data_name(idx)
+        if not self.aggregate_sweeps:
+            return frame
+        parts, moves = [{**frame, "time": 0.0}], [np.eye(4)]
+        for sweep in self._past(idx):
+            path = find_file(self.raw, sweep["lidar_path"])
+            scan = read_scan(path)
+            part = self._cleaned(path, scan, np.full(len(scan), self.ignore_index, np.int32))
+            parts.append({**part, "time": float(sweep["time_lag"])})
+            moves.append(np.asarray(sweep["transform_matrix"], np.float64))
+        return aggregate(parts, moves, labels="reference", ignore_index=self.ignore_index)
+
+    def _past(self, idx: int) -> list[dict[str, Any]]:
+        """The scans to merge, newest first. Info files fill up the start of a scene with repetitions: none of these."""
+        info = self.info(idx)
+        found: dict[str, dict[str, Any]] = {}
+        for row, sweep in enumerate(info.get("sweeps", ())):
+            missing = {"lidar_path", "transform_matrix", "time_lag"} - set(sweep)
+            if missing:
+                raise InputError(
+                    f"sweep {row} of {info['lidar_token']} has no {', '.join(sorted(missing))}; make "
+                    "the info file again with tools/prepare_data.py nuscenes-info"
+                )
+            if sweep["transform_matrix"] is not None:
+                found.setdefault(sweep["lidar_path"], sweep)
+        return list(found.values())[: self.aggregate_sweeps]
+
+    def _cleaned(self, path: Path, scan: NDArray, segment: NDArray) -> dict[str, Any]:
+        finite = np.isfinite(scan).all(1)
+        if not finite.all():
+            bad = int((~finite).sum())
+            if self.nonfinite == "error":
+                row = int(np.argmin(finite))
+                raise InputError(
+                    f"{path}: row {row} is not finite {scan[row].tolist()}, {bad} of "
+                    f"{len(scan)} points; repair the file or set nonfinite='drop'"
+                )
+            scan, segment = scan[finite], segment[finite]
+            if not len(scan):
+                raise InputError(f"{path}: all {bad} points are not finite; remove the scan")
+        return {
+            "coord": np.ascontiguousarray(scan[:, :3]),
+            "strength": scan[:, 3:4] / np.float32(255),
+            "segment": segment,
+        }
+
+    def _segment(self, idx: int, points: int) -> NDArray:
+        path = self.label_path(idx)
+        if path is None or not path.is_file():
+            if self.split != "test" and not self._told_missing:
+                self._told_missing = True
+                logger.warning("%s has no labels (%s): its points, and those of others like it, are ignored",
+                               self.get_data_name(idx), path or "no gt_segment_path")  # fmt: skip
+            return np.full(points, self.ignore_index, np.int32)
+        try:
+            return map_labels(read_labels(path, points), self.ignore_index)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(
+                f"{path}: {error}; the file is damaged or of another data set"
+            ) from error
+
+    def pose_of(self, idx: int) -> NDArray:
+        """LiDAR to world (4, 4) float64 at the time of the key frame.
+
+        Raises:
+            InputError: when the info file has no poses.
+        """
+        info = self.info(idx)
+        try:
+            to_lidar = np.asarray(info["ref_from_car"], float) @ np.asarray(
+                info["car_from_global"], float
+            )
+            return np.linalg.inv(to_lidar)
+        except (KeyError, ValueError, np.linalg.LinAlgError) as error:
+            raise InputError(
+                f"{info['lidar_token']}: no usable ref_from_car and car_from_global in the info file "
+                f"({error}); make it again with tools/prepare_data.py nuscenes-info"
+            ) from error
+
+    def write_submission(self, name: str, pred: NDArray, folder: str | os.PathLike[str]) -> None:
+        """Write a key frame's prediction, one train id per point, as the server takes it; see `submissions`.
+
+        Raises:
+            InputError: for a number of predictions that is not that of the points, or a reader of several splits.
+        """
+        from .submissions import index_of, rows_of_file, write_nuscenes
+
+        path = self.scan_path(index_of(self, name))
+        # The format has no class for a point without a place: it gets the commonest of its scan.
+        fill = int(np.bincount(pred).argmax()) if len(pred) and pred.min() >= 0 else 0
+        dropped, merged = self.nonfinite == "drop", self.aggregate_sweeps > 0
+        rows = rows_of_file(pred, read_scan(path), path, dropped, merged, fill)
+        write_nuscenes(folder, self._one_split(), name, rows)
+
+    def finish_submission(self, folder: str | os.PathLike[str]) -> None:
+        """Write the `submission.json` of a method that uses LiDAR alone."""
+        from .submissions import finish_nuscenes
+
+        finish_nuscenes(folder, self._one_split())
+
+    def _one_split(self) -> str:
+        if not isinstance(self.split, str):
+            raise InputError(
+                f"a submission is for one split, this reader has {list(self.split)}; test them one by one"
+            )
+        return self.split
+
+    def _cams(self, idx: int) -> dict[str, Any]:
+        info = self.info(idx)
+        cams = info.get("cams")
+        if not cams:
+            raise InputError(
+                f"{info['lidar_token']}: its info file was prepared without cameras; make it again "
+                "with tools/prepare_data.py nuscenes-info --with-camera"
+            )
+        return cams
+
+    def cameras(self, idx: int) -> list[Camera]:
+        """The cameras of a key frame; the motion between the times of LiDAR and camera is part of their place."""
+        cameras = []
+        for name, cam in self._cams(idx).items():
+            try:
+                place = np.eye(4)
+                place[:3, :3] = cam["sensor2lidar_rotation"]
+                place[:3, 3] = cam["sensor2lidar_translation"]
+                path, intrinsics = find_file(self.raw, cam["data_path"]), cam["camera_intrinsics"]
+                place = np.linalg.inv(place)
+            except (KeyError, TypeError, ValueError, np.linalg.LinAlgError) as error:
+                raise InputError(
+                    f"{name} of {self.get_data_name(idx)}: cannot be used ({error!r}); make the info "
+                    "file again with tools/prepare_data.py nuscenes-info --with-camera"
+                ) from error
+            # All images of nuScenes are of one size: geometry alone needs no image files.
+            size = image_size(path) if path.is_file() else IMAGE_SIZE
+            cameras.append(Camera(name, intrinsics, place, *size))
+        return cameras
+
+    def images(self, idx: int) -> list[NDArray]:
+        """The images (h, w, 3) uint8 of a key frame, in the order of `cameras`."""
+        return [read_rgb(find_file(self.raw, cam["data_path"])) for cam in self._cams(idx).values()]
+
+    def boxes(self, idx: int) -> dict[str, Any]:
+        """Objects of a key frame in the LiDAR's frame.
+
+        Returns: boxes (m, 7) float64 x, y, z, l, w, h, yaw; names (m,) str; velocity (m, 3) float64 m/s, NaN where
+            unknown; counts (m,) int64 of points, by the annotators. Objects without LiDAR and radar returns are not in.
+        """
+        info = self.info(idx)
+        if "gt_boxes" not in info:
+            raise InputError(
+                f"{info['lidar_token']}: the info file has no gt_boxes; those of test have none"
+            )
+        boxes = np.asarray(info["gt_boxes"], np.float64).reshape(-1, 9)
+        return {
+            "boxes": boxes[:, :7],
+            "names": np.asarray(info["gt_names"], str),
+            "velocity": np.asarray(info["gt_boxes_velocity"], np.float64).reshape(-1, 3),
+            "counts": np.asarray(info["num_lidar_pts"], np.int64).reshape(-1),
+        }
+
+
+def problems(data_root: str | os.PathLike[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Read every info file below `data_root/info` and every key frame that one names.
+
+    Yields:
+        each scan, then each info file, with its problems (one line each; none: an empty list). Images, and scans
+        between key frames, are looked for only where their folder exists.
+
+    Raises:
+        InputError: when there is no info file.
+    """
+    root = Path(data_root)
+    raw, paths = root / "raw", sorted((root / "info").glob("[!.]*.pkl"))
+    if not paths:
+        raise InputError(
+            f"{root / 'info'}: no *.pkl; make them with python tools/prepare_data.py nuscenes-info"
+        )
+    seen: set[Path] = set()
+    for path in paths:
+        try:
+            infos = read_infos(path)
+        except InputError as error:
+            yield path, [str(error)]
+            continue
+        missing: dict[str, dict[Path, None]] = {}
+        for info in infos:
+            scan = find_file(raw, info["lidar_path"])
+            if scan not in seen:
+                seen.add(scan)
+                yield scan, _scan_problems(raw, scan, info, labelled="test" not in path.stem)
+        for info in infos:
+            for kind, file in _others(raw, info):
+                if file not in seen and not file.is_file():
+                    missing.setdefault(kind, {})[file] = None
+        yield (
+            path,
+            [
+                f"{path}: {len(files)} files of {kind} are missing, the first is {next(iter(files))}"
+                for kind, files in missing.items()
+            ],
+        )
+
+
+def _others(raw: Path, info: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    if (raw / "sweeps").is_dir():
+        for sweep in info.get("sweeps", ()):
+            yield "sweeps", find_file(raw, sweep["lidar_path"])
+    for name, cam in info.get("cams", {}).items():
+        if (raw / "samples" / name).is_dir():
+            yield name, find_file(raw, cam["data_path"])
+
+
+def _scan_problems(raw: Path, path: Path, info: Mapping[str, Any], labelled: bool) -> list[str]:
+    found, points = [], None
+    try:
+        scan = read_scan(path)
+        points = len(scan)
+        bad = ~np.isfinite(scan).all(1)
+        if bad.any():
+            found.append(
+                f"{path}: {int(bad.sum())} points are not finite, the first in row {int(np.argmax(bad))}"
+            )
+    except InputError as error:
+        found.append(str(error))
+    if "gt_segment_path" in info:
+        label = find_file(raw, info["gt_segment_path"])
+        try:
+            map_labels(read_labels(label, points))
+        except InputError as error:
+            found.append(str(error))
+        except ValueError as error:
+            found.append(f"{label}: {error}")
+    elif labelled:
+        found.append(f"{path}: its info entry has no gt_segment_path; its points would be ignored")
+    return found
