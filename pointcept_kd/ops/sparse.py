@@ -246,6 +246,17 @@ class _Convolution(SparseModule):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def taps(self) -> Tensor:
+        """The weight as the functions take it, (out, kx, ky, kz, in).
+
+        spconv (2.3) reads the numbers of a 1 x 1 x 1 weight as a matrix (in, out), although its shape
+        says (out, 1, 1, 1, in). Weights trained there only mean the same here if they are read alike.
+        """
+        if self.kernel_size != (1, 1, 1):
+            return self.weight
+        matrix = self.weight.reshape(self.in_channels, self.out_channels)
+        return matrix.t().reshape(self.weight.shape)
+
     def extra_repr(self) -> str:
         """Sizes for `print(module)`."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
@@ -283,7 +294,7 @@ class SubMConv3d(_Convolution):
 
     def forward(self, x: SparseConvTensor) -> SparseConvTensor:
         """Convolve."""
-        return submanifold_conv(x, self.weight, self.bias, self.dilation)
+        return submanifold_conv(x, self.taps(), self.bias, self.dilation)
 
 
 class SparseConv3d(_Convolution):
@@ -305,7 +316,8 @@ class SparseConv3d(_Convolution):
 
     def forward(self, x: SparseConvTensor) -> SparseConvTensor:
         """Convolve."""
-        return strided_conv(x, self.weight, self.bias, self.stride, self.padding, self.indice_key)
+        weight = self.taps() if self.stride == (1, 1, 1) else self.weight
+        return strided_conv(x, weight, self.bias, self.stride, self.padding, self.indice_key)
 
 
 class SparseInverseConv3d(_Convolution):

@@ -102,7 +102,10 @@ def dense_forward(state, config, cells, feat, side):
     """The same network on dense grids, masked to the occupied cells of each level, in evaluation."""
 
     def kernel(name):
-        return state[f"{name}.weight"].permute(0, 4, 1, 2, 3)
+        weight = state[f"{name}.weight"]
+        if weight.shape[1:4] == (1, 1, 1):  # spconv reads such a weight's memory as (in, out)
+            weight = weight.reshape(weight.shape[4], weight.shape[0]).t().reshape(weight.shape)
+        return weight.permute(0, 4, 1, 2, 3)
 
     def norm(name, x):
         shape = (1, -1, 1, 1, 1)

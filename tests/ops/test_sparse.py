@@ -150,6 +150,14 @@ def test_one_by_one_kernel_is_linear():
     torch.testing.assert_close(y.features, x.features @ weight.view(4, 3).t() + bias)
 
 
+def test_one_by_one_layer_reads_its_numbers_as_spconv_does():
+    """The memory of the weight is a matrix (in, out), whatever its shape says."""
+    x, conv = scene(), SubMConv3d(3, 4, 1).double()
+    assert conv.weight.shape == (4, 1, 1, 1, 3)
+    matrix = conv.weight.detach().reshape(-1).view(3, 4)
+    torch.testing.assert_close(conv(x).features, x.features @ matrix + conv.bias)
+
+
 def test_rows_and_place_do_not_matter():
     """Shuffled rows give shuffled results; a shift, also below zero, changes nothing."""
     x, weight = scene(), random_weight(4, (3, 3, 3), 3)
