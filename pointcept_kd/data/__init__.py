@@ -3,6 +3,6 @@
 `synthetic` (which needs the extra `sim` to run) is imported by those who simulate.
 """
 
-from . import point_index, semantic_kitti, transforms
+from . import kitti, mirror, nuscenes, point_index, semantic_kitti, transforms, waymo
 
-__all__ = ["point_index", "semantic_kitti", "transforms"]
+__all__ = ["kitti", "mirror", "nuscenes", "point_index", "semantic_kitti", "transforms", "waymo"]
