@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from pointcept_kd.host import DATASETS, InputError, kd, stand_in
 from pointcept_kd.host.loader import DefaultDataset
 
+from .camera import Camera, image_size, kitti_camera, read_rgb
+from .sweeps import LABELS, aggregate
+
 logger = logging.getLogger(__name__)
 
 CLASS_NAMES = (
@@ -212,6 +215,11 @@ class SemanticKITTIDataset(DefaultDataset):
         label_fraction: share of a scan's points whose labels are kept, 0 to 1; the same points
             every time. The others are `ignore_index`, as where people label a few clicks a scan.
         nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
+        sweeps: scans merged into one: the scan itself and those with the `sweeps - 1` file numbers before it, as far
+            as they exist, moved into its frame by their poses. Above 1 a sample also has `sweep` (n,), 0 for the scan
+            itself, whose points come first.
+        sweep_labels: `all`, or `reference`: past scans have no labels. Predictions cover all merged points, so
+            `reference` is what evaluates, as without merging, each point of a scan once.
         transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
 
     A scan without a label file is all `ignore_index`. Sequences of a split that are not there are
@@ -235,15 +243,23 @@ class SemanticKITTIDataset(DefaultDataset):
         unlabelled: Sequence[str | int] = (),
         label_fraction: float = 1.0,
         nonfinite: str = "error",
+        sweeps: int = 1,
+        sweep_labels: str = "all",
     ) -> None:
         if nonfinite not in ("error", "drop"):
             raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
         if not 0 <= label_fraction <= 1:
             raise InputError(f"label_fraction={label_fraction}: expected a number from 0 to 1")
+        if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
+            raise InputError(f"sweeps={sweeps!r}: expected a whole number of scans, 1 or more")
+        if sweep_labels not in LABELS:
+            raise InputError(f"sweep_labels={sweep_labels!r}: use 'all' or 'reference'")
         self.sequences = sequences
         self.label_fraction = label_fraction
         self.unlabelled = {_sequence(entry, "unlabelled", "a number") for entry in unlabelled}
         self.nonfinite = nonfinite
+        self.sweeps = sweeps
+        self.sweep_labels = sweep_labels
         self._poses: dict[str, NDArray] = {}
         self._told_missing = False
         root = Path(data_root) / "dataset" / "sequences"
@@ -295,19 +311,29 @@ class SemanticKITTIDataset(DefaultDataset):
 
     def get_data_name(self, idx: int) -> str:
         """`SS_FFFFFF`."""
-        path = self._path(idx)
-        return f"{path.parent.parent.name}_{path.stem}"
+        return _name(self._path(idx))
 
     def label_path(self, idx: int) -> Path:
         """Where the labels of a scan are, or would be."""
-        path = self._path(idx)
-        return path.parent.parent / "labels" / f"{path.stem}.label"
+        return _label_path(self._path(idx))
 
     def get_data(self, idx: int) -> dict[str, Any]:
-        """One scan: coord (n, 3), strength (n, 1) float32, segment (n,) int32, name."""
+        """One scan: coord (n, 3), strength (n, 1) float32, segment (n,) int32, name; or several, merged."""
         path = self._path(idx)
+        if self.sweeps == 1:
+            return self._read(path)
+        number = _file_number(path)
+        past = range(number - 1, max(number - self.sweeps, -1), -1)
+        others = [path.with_name(f"{n:0{len(path.stem)}d}.bin") for n in past]
+        paths = [path, *(other for other in others if other.is_file())]
+        return aggregate(
+            [self._read(p) for p in paths], [self._pose(p) for p in paths],
+            labels=self.sweep_labels, ignore_index=self.ignore_index,
+        )  # fmt: skip
+
+    def _read(self, path: Path) -> dict[str, Any]:
         scan = read_scan(path)
-        segment = self._segment(idx, len(scan))
+        segment = self._segment(path, len(scan))
         finite = np.isfinite(scan).all(1)
         if not finite.all():
             bad = int((~finite).sum())
@@ -324,11 +350,11 @@ class SemanticKITTIDataset(DefaultDataset):
             "coord": np.ascontiguousarray(scan[:, :3]),
             "strength": np.ascontiguousarray(scan[:, 3:]),
             "segment": segment,
-            "name": self.get_data_name(idx),
+            "name": _name(path),
         }
 
-    def _segment(self, idx: int, points: int) -> NDArray:
-        path = self.label_path(idx)
+    def _segment(self, scan_path: Path, points: int) -> NDArray:
+        path = _label_path(scan_path)
         if path.parent.parent.name in self.unlabelled:
             return np.full(points, self.ignore_index, np.int32)
         if not path.is_file():
@@ -347,10 +373,40 @@ class SemanticKITTIDataset(DefaultDataset):
             ) from error
         if self.label_fraction < 1:
             # Seeded by the scan's name: which points are labelled is a fact of the data, not of a run.
-            name = np.frombuffer(self.get_data_name(idx).encode(), np.uint8)
+            name = np.frombuffer(_name(scan_path).encode(), np.uint8)
             kept = np.random.default_rng(name).random(points) < self.label_fraction
             segment[~kept] = self.ignore_index
         return segment
+
+    def _image(self, idx: int) -> Path:
+        path = self._path(idx)
+        return path.parent.parent / "image_2" / f"{path.stem}.png"
+
+    def cameras(self, idx: int) -> list[Camera]:
+        """The left colour camera; its image tells the size.
+
+        Raises:
+            InputError: without the image, and without its rows in `calib.txt`.
+        """
+        calib = load_calib(self._path(idx).parent.parent / "calib.txt")
+        return [kitti_camera(calib, "image_2", *image_size(self._image(idx)))]
+
+    def images(self, idx: int) -> list[NDArray]:
+        """The image (h, w, 3) uint8 of that camera, from the colour images of KITTI odometry."""
+        return [read_rgb(self._image(idx))]
+
+    def write_submission(self, name: str, pred: NDArray, folder: str | os.PathLike[str]) -> None:
+        """Write a scan's prediction, one train id per point, as the server takes it; see `submissions`.
+
+        Raises:
+            InputError: for a number of predictions that is not that of the scan's points.
+        """
+        from .submissions import index_of, rows_of_file, write_semantic_kitti
+
+        path = self._path(index_of(self, name))
+        dropped, merged = self.nonfinite == "drop", self.sweeps > 1
+        rows = rows_of_file(pred, read_scan(path), path, dropped, merged, fill=-1)
+        write_semantic_kitti(folder, name, rows)
 
     def pose_of(self, idx: int) -> NDArray:
         """Velodyne pose (4, 4) float64 of a scan, looked up by its file number.
@@ -358,7 +414,9 @@ class SemanticKITTIDataset(DefaultDataset):
         Raises:
             InputError: when `poses.txt` has no row of that number.
         """
-        path = self._path(idx)
+        return self._pose(self._path(idx))
+
+    def _pose(self, path: Path) -> NDArray:
         folder = path.parent.parent
         if folder.name not in self._poses:
             self._poses[folder.name] = load_poses(folder)
@@ -371,67 +429,15 @@ class SemanticKITTIDataset(DefaultDataset):
         return poses[number]
 
 
+def _name(path: Path) -> str:
+    return f"{path.parent.parent.name}_{path.stem}"
+
+
+def _label_path(path: Path) -> Path:
+    return path.parent.parent / "labels" / f"{path.stem}.label"
+
+
 def _file_number(path: Path) -> int:
     if not path.stem.isdigit():
         raise InputError(f"{path}: the file name should be a number such as 000012.bin")
     return int(path.stem)
-
-
-def check_folder(data_root: str | os.PathLike[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Read every scan below `data_root/dataset/sequences`.
-
-    Yields:
-        each scan, then each sequence folder, with its problems (one line each; none: an empty
-        list).
-
-    Raises:
-        InputError: when there is no such folder or no scan in it.
-    """
-    root = Path(data_root) / "dataset" / "sequences"
-    if not root.is_dir():
-        raise InputError(f"{root} is no folder; {_WHERE_FROM}")
-    folders = sorted(f for f in root.iterdir() if (f / "velodyne").is_dir())
-    if not any(True for f in folders for _ in (f / "velodyne").glob("[!.]*.bin")):
-        raise InputError(f"{root}: no SS/velodyne/*.bin; {_WHERE_FROM}")
-    for folder in folders:
-        scans = sorted((folder / "velodyne").glob("[!.]*.bin"))
-        for path in scans:
-            yield path, _scan_problems(path)
-        yield folder, _sequence_problems(folder, scans)
-
-
-def _scan_problems(path: Path) -> list[str]:
-    problems, points = [], None
-    try:
-        scan = read_scan(path)
-        points = len(scan)
-        bad = ~np.isfinite(scan).all(1)
-        if bad.any():
-            problems.append(
-                f"{path}: {int(bad.sum())} points are not finite, the first in row "
-                f"{int(np.argmax(bad))}"
-            )
-    except InputError as error:
-        problems.append(str(error))
-    label = path.parent.parent / "labels" / f"{path.stem}.label"
-    if label.is_file():
-        try:
-            map_labels(read_labels(label, points))
-        except InputError as error:
-            problems.append(str(error))
-        except ValueError as error:
-            problems.append(f"{label}: {error}")
-    elif path.parent.parent.name not in SPLITS["test"]:
-        problems.append(f"{label}: missing; its points would be ignored")
-    return problems
-
-
-def _sequence_problems(folder: Path, scans: list[Path]) -> list[str]:
-    try:
-        poses = load_poses(folder)
-        last = max((_file_number(p) for p in scans), default=-1)
-    except InputError as error:
-        return [str(error)]
-    if last >= len(poses):
-        return [f"{folder / 'poses.txt'}: {len(poses)} rows, but scans up to {last:06d}"]
-    return []

@@ -8,6 +8,7 @@ where each scan ends.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from torch.utils.data.dataloader import default_collate
 
 from . import DATASETS, TRANSFORMS, kd, stand_in
 from .errors import InputError
+from .sample_cache import build_cache
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +72,9 @@ class DefaultDataset(Dataset):
         transform: list of transform configs.
         test_mode: give fragments for voting (see `prepare_test_data`) instead of one sample.
         test_cfg: `voxelize`, `crop`, `post_transform`, `aug_transform`; needed in test mode only.
-        cache: keep every sample in memory once it was read. Each loading process keeps its own
-            copies.
+        cache: keep samples once they were read. False: no; True or "memory": in every loading
+            process anew; "shared": once for all processes of this machine (see `sample_cache`).
+            Files that change meanwhile are not read again.
         ignore_index: label of points that have none.
         loop: how often the samples are gone through per epoch; 1 in test mode.
 
@@ -89,7 +92,7 @@ class DefaultDataset(Dataset):
         transform: Sequence[Mapping[str, Any]] | None = None,
         test_mode: bool = False,
         test_cfg: Mapping[str, Any] | None = None,
-        cache: bool = False,
+        cache: bool | str = False,
         ignore_index: int = -1,
         loop: int = 1,
     ) -> None:
@@ -102,7 +105,6 @@ class DefaultDataset(Dataset):
         self.loop = loop if not test_mode else 1
         self.test_mode = test_mode
         self.test_cfg = test_cfg if test_mode else None
-        self._samples: dict[int, dict[str, Any]] = {}
         if test_mode:
             self._build_test_transforms()
         if not os.path.isdir(self.data_root):
@@ -124,6 +126,31 @@ class DefaultDataset(Dataset):
             os.path.basename(os.path.normpath(self.data_root)),
             split,
         )
+        self._cache = build_cache(cache, self._identity, len(self.data_list))
+        self.__dict__.pop("_arguments", None)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Keep the arguments: they, however a subclass stores them, say what its samples are."""
+        dataset = super().__new__(cls)
+        dataset._arguments = (args, kwargs)
+        return dataset
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the values of `get_data`: class, folder, arguments, sample list."""
+        signature = inspect.signature(type(self).__init__)
+        given = signature.bind(self, *self._arguments[0], **self._arguments[1]).arguments
+        others = ("self", "transform", "test_mode", "test_cfg", "cache", "loop", "data_root")
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "data_root": os.path.realpath(self.data_root),
+            "arguments": {key: value for key, value in given.items() if key not in others},
+            "samples": [
+                os.path.relpath(entry, self.data_root)
+                if isinstance(entry, str)
+                else self.get_data_name(i)
+                for i, entry in enumerate(self.data_list)
+            ],
+        }
 
     def _build_test_transforms(self) -> None:
         if not isinstance(self.test_cfg, Mapping):
@@ -214,13 +241,14 @@ class DefaultDataset(Dataset):
     def load(self, idx: int) -> dict[str, Any]:
         """A checked sample that the caller may change: from the cache, or from `get_data`."""
         position = idx % len(self.data_list)
-        if position in self._samples:
-            return copy.deepcopy(self._samples[position])
+        data = self._cache.get(position) if self._cache is not None else None
+        if data is not None:
+            return data
         data = self.get_data(idx)
         source = self.data_list[position]
         check_sample(data, source if isinstance(source, str) else self.get_data_name(idx))
-        if self.cache:
-            self._samples[position] = copy.deepcopy(data)
+        if self._cache is not None:
+            self._cache.put(position, data)
         return data
 
     def prepare_train_data(self, idx: int) -> Any:
@@ -269,11 +297,14 @@ class DefaultDataset(Dataset):
 
 @stand_in(DATASETS, kd.DATASETS, "ConcatDataset")
 class ConcatDataset(Dataset):
-    """Several datasets one after the other, each with its own transforms and loop.
+    """Several datasets one after the other, each with its own transforms, cache and loop.
 
     Args:
-        datasets: dataset configs (or datasets).
+        datasets: dataset configs (or datasets, also further `ConcatDataset`s).
         loop: how often the whole is gone through per epoch.
+
+    Raises:
+        InputError: for an empty list, or members without a single sample.
     """
 
     def __init__(self, datasets: Sequence[Any], loop: int = 1) -> None:
@@ -283,6 +314,8 @@ class ConcatDataset(Dataset):
         self.datasets = [DATASETS.build(d) if isinstance(d, Mapping) else d for d in datasets]
         self.loop = loop
         self._ends = list(accumulate(len(dataset) for dataset in self.datasets))
+        if not self._ends[-1]:
+            raise InputError(f"ConcatDataset: its {len(self.datasets)} datasets hold no sample")
 
     def _locate(self, idx: int) -> tuple[Any, int]:
         position = idx % self._ends[-1]
@@ -293,6 +326,16 @@ class ConcatDataset(Dataset):
         """The name that the dataset holding this sample gives it."""
         dataset, position = self._locate(idx)
         return dataset.get_data_name(position)
+
+    def get_data(self, idx: int) -> dict[str, Any]:
+        """The raw sample, read by the dataset that holds it."""
+        dataset, position = self._locate(idx)
+        return dataset.get_data(position)
+
+    def load(self, idx: int) -> dict[str, Any]:
+        """A checked sample that the caller may change, through the cache of its dataset."""
+        dataset, position = self._locate(idx)
+        return dataset.load(position)
 
     def __getitem__(self, idx: int) -> Any:
         if not -len(self) <= idx < len(self):

@@ -1,7 +1,6 @@
 """SemanticKITTI: files, labels, poses, splits and every kind of bad input."""
 
 import logging
-import re
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from pointcept_kd.data.semantic_kitti import (
     LEARNING_MAP_INV,
     SPLITS,
     SemanticKITTIDataset,
-    check_folder,
     load_calib,
     load_poses,
     map_labels,
@@ -199,6 +197,85 @@ def test_missing_pose_file(tmp_path):
         load_poses(folder)
 
 
+# Several scans merged
+
+
+def drive(root, numbers, points=6, **change):
+    """Scans whose file number is their x in metres; row i of `poses.txt` is i metres ahead."""
+    for number in numbers:
+        folder = write(root, "00", number, points, **change)
+    rows = [f"1 0 0 0 0 1 0 0 0 0 1 {i}" for i in range(max(numbers) + 1)]  # camera z is forward
+    (folder / "poses.txt").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_sweeps_are_chosen_and_moved_by_file_number(tmp_path):
+    drive(tmp_path, (0, 1, 3, 4))
+    data = dataset(tmp_path, sweeps=3)
+    merged = [data.get_data(i) for i in range(4)]
+    assert [len(m["coord"]) // 6 for m in merged] == [1, 2, 2, 2]
+    last = merged[3]  # scan 4 with 3; 2 is not there, and listing positions would have taken 1 too
+    assert last["name"] == "00_000004"
+    assert last["sweep"].tolist() == [0] * 6 + [1] * 6
+    alone = dataset(tmp_path).get_data(3)["coord"]
+    assert np.array_equal(last["coord"][:6], alone)
+    assert last["coord"][6:] - alone == pytest.approx(np.tile([-1.0, 0, 0], (6, 1)), abs=1e-6)
+    third = merged[2]  # scan 3 with 1, two metres behind
+    assert third["coord"][6:] - alone == pytest.approx(np.tile([-2.0, 0, 0], (6, 1)), abs=1e-6)
+    assert "sweep" not in dataset(tmp_path).get_data(0)
+
+
+def test_sweep_labels_of_the_reference_only(tmp_path):
+    drive(tmp_path, (0, 1), labels=[10, 40, 48, 50, 70, 81])
+    both, one = (dataset(tmp_path, sweeps=2, sweep_labels=w) for w in ("all", "reference"))
+    assert both.get_data(1)["segment"].tolist() == [0, 8, 10, 12, 14, 18] * 2
+    assert one.get_data(1)["segment"].tolist() == [0, 8, 10, 12, 14, 18] + [-1] * 6
+
+
+def test_each_sweep_keeps_its_own_rules(tmp_path):
+    drive(tmp_path, (0, 1), points=4000, labels=[40] * 4000)
+    alone = dataset(tmp_path, label_fraction=0.1)
+    merged = dataset(tmp_path, label_fraction=0.1, sweeps=2).get_data(1)["segment"]
+    assert np.array_equal(merged, np.concatenate([alone.get_data(i)["segment"] for i in (1, 0)]))
+    write(tmp_path, "00", 0, cells={(2, 1): np.nan}, poses=2)
+    with pytest.raises(InputError, match=r"000000\.bin: row 2 is not finite"):
+        dataset(tmp_path, sweeps=2).get_data(1)
+    assert len(dataset(tmp_path, sweeps=2, nonfinite="drop").get_data(1)["coord"]) == 4005
+    withheld = dataset(tmp_path, sweeps=2, nonfinite="drop", unlabelled=["00"]).get_data(1)
+    assert (withheld["segment"] == -1).all()
+
+
+def test_sweeps_need_their_poses(tmp_path):
+    folder = drive(tmp_path, (0, 1))
+    (folder / "poses.txt").write_text(EYE)
+    with pytest.raises(InputError, match=r"poses\.txt: 1 rows, none for scan 000001\.bin"):
+        dataset(tmp_path, sweeps=2).get_data(1)
+    assert len(dataset(tmp_path).get_data(1)["coord"]) == 6
+
+
+def test_merged_scans_through_train_and_test_pipelines(tmp_path):
+    drive(tmp_path, (0, 1), points=50)
+    keys = ("coord", "grid_coord", "segment", "sweep")
+    sample = dict(type="GridSample", grid_size=0.1, return_grid_coord=True)
+    end = [dict(type="ToTensor"), dict(type="Collect", keys=keys, feat_keys=("coord", "strength"))]
+    shuffle = dict(type="ShufflePoint")
+    train = dataset(tmp_path, sweeps=2, transform=[shuffle, dict(sample, mode="train"), *end])[1]
+    assert len(train["sweep"]) == len(train["coord"]) < 100
+    # x of the stored points lies in 0..2 m; those of the past scan are a metre further back.
+    behind = train["coord"][:, 0] < -0.001
+    assert behind.any()
+    assert (train["sweep"][behind] == 1).all()
+    keys = ("coord", "grid_coord", "index", "sweep")
+    end[1] = dict(end[1], keys=keys)
+    cfg = dict(voxelize=dict(sample, mode="test"), post_transform=end)
+    test = dataset(tmp_path, sweeps=2, sweep_labels="reference", test_mode=True, test_cfg=cfg)[1]
+    assert (test["segment"] >= 0).sum() == 50
+    for part in test["fragment_list"]:
+        assert np.array_equal(part["sweep"], (part["index"] >= 50).long())
+    seen = np.concatenate([part["index"] for part in test["fragment_list"]])
+    assert np.unique(seen).tolist() == list(range(100))
+
+
 # Bad input
 
 
@@ -245,6 +322,9 @@ def test_drop_removes_the_rows_everywhere(tmp_path):
         ({"label_fraction": 1.5}, "label_fraction=1.5: expected a number from 0 to 1"),
         ({"unlabelled": ["rest"]}, "unlabelled: 'rest' is unknown"),
         ({"nonfinite": "skip"}, "nonfinite='skip': use 'error' or 'drop'"),
+        ({"sweeps": 0}, "sweeps=0: expected a whole number of scans, 1 or more"),
+        ({"sweeps": 2.5}, "sweeps=2.5: expected a whole number"),
+        ({"sweep_labels": "own"}, "sweep_labels='own': use 'all' or 'reference'"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
@@ -256,28 +336,6 @@ def test_bad_options(tmp_path, options, message):
 def test_missing_folder_says_where_to_get_it(tmp_path):
     with pytest.raises(InputError, match=r"semantic-kitti\.org.*prepare_data\.py simulate"):
         dataset(tmp_path / "nothing")
-
-
-def test_check_reports_each_problem(tmp_path):
-    write(tmp_path, "00", 0)
-    write(tmp_path, "00", 1, cut=-1)
-    write(tmp_path, "00", 2, labels=[40] * 3)
-    write(tmp_path, "00", 3, labels=[7] * 6)
-    write(tmp_path, "00", 4, labels=(), cells={(1, 1): np.nan})
-    write(tmp_path, "00", 5, poses=5)
-    write(tmp_path, "12", 0, labels=())
-    found = [line for _, problems in check_folder(tmp_path) for line in problems]
-    text = "\n".join(found)
-    for pattern in (
-        r"000001\.bin: 95 bytes", r"000002\.label: 12 bytes", r"000003\.label: class id 7",
-        r"000004\.bin: 1 points are not finite, the first in row 1", r"000004\.label: missing",
-        r"poses\.txt: 5 rows, but scans up to 000005",
-    ):  # fmt: skip
-        assert re.search(pattern, text), pattern
-    # The labels of the cut scan are not held against it: without its points nobody can count.
-    assert len(found) == 6
-    with pytest.raises(InputError, match="is no folder"):
-        list(check_folder(tmp_path / "x"))
 
 
 # Real scans

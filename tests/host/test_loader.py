@@ -300,6 +300,57 @@ def test_concatenation(root):
         ConcatDataset([])
 
 
+def test_concatenation_nested_looped_and_cached(root):
+    def cfg(split, **options):
+        return dict(type="DefaultDataset", split=split, data_root=str(root), **options)
+
+    inner = dict(type="ConcatDataset", datasets=[cfg("val"), cfg("train", loop=2)], loop=2)
+    dataset = DATASETS.build(
+        dict(type="ConcatDataset", datasets=[cfg("val", cache="shared"), inner], loop=3)
+    )
+    once = ["scan9", *2 * ["scan9", *2 * ["scan0", "scan1", "scan2"]]]
+    assert len(dataset) == 3 * len(once) == 45
+    assert [dataset.get_data_name(i) for i in range(45)] == once * 3
+    for i in (0, 1, 2, 14, 15, 30, 44):
+        sample, raw = dataset.load(i), dataset.get_data(i)
+        assert sample["name"] == raw["name"] == dataset[i]["name"] == (once * 3)[i]
+        assert np.array_equal(sample["coord"], raw["coord"])
+    np.save(root / "val" / "scan9" / "coord.npy", np.ones((30, 3)))
+    assert not (dataset.load(15)["coord"] == 1).all()  # the first member's cache
+    assert (dataset.get_data(15)["coord"] == 1).all()
+    assert (dataset.load(1)["coord"] == 1).all()  # the same file through a member without one
+    assert dataset[-1]["name"] == "scan2"
+    with pytest.raises(IndexError):
+        dataset[45]
+
+
+def test_concatenation_of_test_mode_members(root):
+    def cfg(split, loop):
+        return dict(
+            type="DefaultDataset", split=split, data_root=str(root), loop=loop, test_mode=True,
+            test_cfg=TEST_CFG, transform=[dict(type="Copy", keys_dict=dict(segment="origin"))],
+        )  # fmt: skip
+
+    dataset = ConcatDataset([cfg("val", 5), cfg("train", 1)])
+    assert len(dataset) == 4, "test mode goes through every scan once"
+    for i, name in enumerate(("scan9", "scan0", "scan1", "scan2")):
+        sample = dataset[i]
+        assert sample["name"] == name
+        seen = torch.cat([f["index"] for f in sample["fragment_list"]])
+        assert seen.unique().tolist() == list(range(len(sample["segment"])))
+    batch = collate_fn([dataset[0], dataset[1]])
+    assert [scan["name"] for scan in batch] == ["scan9", "scan0"]
+
+
+def test_concatenation_of_nothing():
+    class Empty(torch.utils.data.Dataset):
+        def __len__(self):
+            return 0
+
+    with pytest.raises(InputError, match="its 2 datasets hold no sample"):
+        ConcatDataset([Empty(), Empty()])
+
+
 # ---- collation -----------------------------------------------------------------------------------
 
 
