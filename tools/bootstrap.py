@@ -59,7 +59,8 @@ def install_torch(python: Path) -> None:
 
 def main() -> None:
     """Create the environment, or return at once when its stamp says that nothing changed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    summary, _, example = __doc__.splitlines()[0].partition(": ")
+    parser = argparse.ArgumentParser(description=summary, epilog=f"example: {example.strip('`.')}")
     parser.add_argument(
         "--venv", default=".venv", help="folder of the environment (default: .venv)"
     )

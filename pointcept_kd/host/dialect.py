@@ -176,7 +176,21 @@ def _base_paths(tree: ast.Module, path: Path) -> list[Path]:
                 raise InputError(
                     f"{path}:{node.lineno}: `_base_` must be a path or a list of paths, written out"
                 )
-    return [path.parent / p for p in paths]
+    return [_base_path(path.parent, p) for p in paths]
+
+
+def _base_path(folder: Path, name: str) -> Path:
+    """A base beside the config; one that begins with `configs/` may also be one that comes with this package."""
+    beside, shipped = folder / name, shipped_root() / name
+    known = Path(name).parts[:1] == ("configs",) and not beside.is_file() and shipped.is_file()
+    return shipped if known else beside
+
+
+def shipped_root() -> Path:
+    """The folder that holds the `configs` of this package: the checkout, or a part of an installed package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_share"
+    return inside if inside.is_dir() else package.parent
 
 
 def _resolve(
