@@ -24,27 +24,66 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
     """Options of `simulate`."""
     parser = commands.add_parser(
         "simulate",
-        help="simulated streets in SemanticKITTI's layout",
-        description="Ray-cast LiDAR drives through procedural streets into "
-        "OUT/dataset/sequences/SS/{velodyne,labels,calib.txt,poses.txt,times.txt}. Sequences 08 "
-        "(validation) and 11-21 (test) are laid out differently from the others. Complete scans "
-        "are kept, so an interrupted run goes on where it stopped.",
-        epilog="example: python tools/prepare_data.py simulate --out data/sim --preset demo",
+        help="simulated streets in SemanticKITTI's or nuScenes' layout",
+        description="Ray-cast LiDAR drives through procedural streets.\n\n"
+        "--layout kitti writes OUT/dataset/sequences/SS/{velodyne,labels,calib.txt,poses.txt,times.txt}; with\n"
+        "--cameras kitti also {image_2,weak_labels,superpixels}/NNNNNN.png. --layout nuscenes writes OUT/raw: tables\n"
+        "(v1.0-sim), LiDAR of 32 beams, six cameras, lidarseg, boxes, weak labels (camseg), superpixels.\n\n"
+        "Sequences 08 (validation) and 11-21 (test) are laid out differently from the others. Complete files are\n"
+        "kept, so an interrupted run goes on where it stopped, and --cameras kitti can be added to a folder of scans.",
+        epilog="examples:\n"
+        "  python tools/prepare_data.py simulate --out data/sim --preset demo\n"
+        "  python tools/prepare_data.py simulate --out data/sim --preset demo --cameras kitti\n"
+        "  python tools/prepare_data.py simulate --out data/sim_hard --difficulty hard --sequences 00,08 --scans 10\n"
+        "  python tools/prepare_data.py simulate --out data/sim_nus --layout nuscenes --image-width 800\n"
+        "  python tools/prepare_data.py nuscenes-info --data-root data/sim_nus/raw --version v1.0-sim \\\n"
+        "      --with-camera --out data/sim_nus",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, type=Path, help="folder to write to")
     parser.add_argument(
+        "--layout", default="kitti", choices=("kitti", "nuscenes"), help="default: kitti"
+    )
+    parser.add_argument(
         "--preset",
         default="demo",
-        help="demo: 32 beams x 512 columns, sequences 00-05 and 08, 144 scans (default); "
-        "standard: 64 x 2048, 00-07, 09, 10 and 08, 1650 scans",
+        help="kitti: demo is 32 beams x 512 columns, sequences 00-05 and 08, 144 scans (default), standard "
+        "64 x 2048, 00-07, 09, 10 and 08, 1650 scans. nuscenes: demo is 5 scenes of 6 key frames, 32 x 512, "
+        "standard 11 scenes of 40, 32 x 1090",
     )
-    parser.add_argument("--sequences", help="comma-separated, such as 00,01,08")
-    parser.add_argument("--scans", type=int, help="scans of each sequence")
+    parser.add_argument("--sequences", help="comma-separated, such as 00,01,08; scenes of nuscenes")
+    parser.add_argument("--scans", type=int, help="scans of each sequence; key frames of a scene")
     parser.add_argument("--beams", type=int, help="64 like an HDL-64E, 32, or another number")
     parser.add_argument("--columns", type=int, help="azimuth steps of a turn")
-    parser.add_argument("--spacing", type=float, help="metres between scans")
+    parser.add_argument("--spacing", type=float, help="metres between scans or key frames")
     parser.add_argument("--max-range", type=float, help="metres (default 50)")
     parser.add_argument("--seed", type=int, help="another seed is another town (default 0)")
+    parser.add_argument(
+        "--difficulty",
+        help="easy: little noise, half of the parking places empty; normal (default); hard: more noise and "
+        "dropout, rain, ghosts behind glass, crowded pavements",
+    )
+    parser.add_argument(
+        "--cameras",
+        choices=("none", "kitti"),
+        help="kitti: camera 2 with weak labels and superpixels (default: none; nuscenes has its six)",
+    )
+    parser.add_argument(
+        "--image-width", type=int, help="pixels (default: 621; nuscenes: 400, standard 800)"
+    )
+    parser.add_argument(
+        "--superpixels", type=int, help="the most segments of an image (default 150)"
+    )
+    parser.add_argument(
+        "--confusion",
+        type=float,
+        help="share of things and regions that weak labels give a similar class (default 0.08)",
+    )
+    parser.add_argument(
+        "--sweeps",
+        type=int,
+        help="nuscenes: turns per key frame, 10 is 20 Hz (default: 4, standard 10)",
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.set_defaults(run=simulate)
 
@@ -52,20 +91,49 @@ def add_simulate(commands: argparse._SubParsersAction) -> None:
 def simulate(args: argparse.Namespace) -> int:
     """Write simulated drives and say how fast it went and what is in them."""
     from pointcept_kd.data import synthetic
+    from pointcept_kd.data.streets import cameras as photos
+    from pointcept_kd.data.streets import nuscenes_layout
 
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers: {args.workers}; use 1 or more")
+    rig = args.layout == "nuscenes"
     plan = synthetic.plan_from(
         args.preset,
         args.sequences.split(",") if args.sequences is not None else None,
         args.scans,
+        nuscenes_layout.PRESETS if rig else synthetic.PRESETS,
         beams=args.beams,
         columns=args.columns,
         spacing=args.spacing,
         max_range=args.max_range,
         seed=args.seed,
+        difficulty=args.difficulty,
     )
     note = {"preset": args.preset, "command": shlex.join(["python", *sys.argv])}
+    images = {
+        "width": args.image_width,
+        "segments": args.superpixels,
+        "confusion": args.confusion,
+    }
+    images = {key: value for key, value in images.items() if value is not None}
+    if rig:
+        if args.cameras is not None:
+            raise InputError("--cameras belongs to --layout kitti; nuscenes always has its six")
+        settings = {
+            "sweeps": nuscenes_layout.SWEEPS[args.preset],
+            "width": nuscenes_layout.WIDTHS[args.preset],
+        } | images
+        if args.sweeps is not None:
+            settings["sweeps"] = args.sweeps
+        return simulate_rig(args, plan, nuscenes_layout.RigPlan(**settings), note)
+    if args.sweeps is not None:
+        raise InputError("--sweeps belongs to --layout nuscenes; with kitti every scan is a turn")
+    if images and args.cameras != "kitti":
+        option = {"width": "--image-width", "segments": "--superpixels"}
+        first = next(iter(images))
+        raise InputError(f"{option.get(first, '--' + first)} needs --cameras kitti")
+    cameras = photos.CameraPlan(**images)
+    cameras.check()
     report = synthetic.simulate(args.out, plan, args.workers, note)
     if report.written:
         print(
@@ -77,6 +145,66 @@ def simulate(args: argparse.Namespace) -> int:
     else:
         print(f"nothing to do: all {report.kept} scans are there")
     print("share of points: " + class_line(report.shares))
+    if args.cameras == "kitti":
+        made = photos.simulate_cameras(args.out, plan, cameras, args.workers)
+        print(
+            f"{made.written} images of {cameras.width} x {cameras.height} in {made.seconds:.1f} s"
+            f" ({made.written / made.seconds:.2f} images/s); {made.kept} kept"
+        )
+    return 0
+
+
+def simulate_rig(args: argparse.Namespace, plan, rig, note: dict) -> int:
+    """Write scenes in nuScenes' layout and say what to do next."""
+    from pointcept_kd.data.streets.nuscenes_layout import VERSION, simulate_nuscenes
+
+    report = simulate_nuscenes(args.out, plan, rig, args.workers, note)
+    print(
+        f"{report.written} key frames with {report.images} images of {rig.width} x {rig.height} in"
+        f" {report.seconds:.1f} s ({report.images / report.seconds:.2f} images/s); {report.kept} kept"
+    )
+    shares = ", ".join(f"{name} {100 * share:.2f} %" for name, share in report.shares.items())
+    print(f"share of points: {shares}")
+    print(
+        f"next: python tools/prepare_data.py nuscenes-info --data-root {args.out}/raw"
+        f" --version {VERSION} --with-camera --out {args.out}"
+    )
+    return 0
+
+
+def add_preview(commands: argparse._SubParsersAction) -> None:
+    """Options of `preview`."""
+    parser = commands.add_parser(
+        "preview",
+        help="a picture of a scan and its cameras",
+        description="Draw a scan from above coloured by class, its camera images, the points of the LiDAR on them "
+        "coloured by depth, and weak labels and superpixels where there are any. For SemanticKITTI with image_2, "
+        "nuScenes with info files, and KITTI detection.",
+        epilog="example: python tools/prepare_data.py preview --data-root data/sim --scan 08_000003 "
+        "--out scan.png",
+    )
+    parser.add_argument("--data-root", required=True, type=Path, help="what a config names so")
+    parser.add_argument(
+        "--scan", help="SS_NNNNNN, NNNNNN, or a token or its beginning (default: the first scan)"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="PNG file to write")
+    parser.add_argument("--width", type=int, default=1600, help="the most pixels (default 1600)")
+    parser.add_argument(
+        "--half", type=float, default=25.0, help="half the side seen from above, m (default 25)"
+    )
+    parser.add_argument(
+        "--panels", type=int, default=4, choices=(1, 2, 3, 4), help="1 leaves out all but the images, "
+        "2 adds points, 3 weak labels, 4 superpixels (default)",
+    )  # fmt: skip
+    parser.set_defaults(run=preview)
+
+
+def preview(args: argparse.Namespace) -> int:
+    """Draw a scan."""
+    from pointcept_kd.data.preview import write_preview
+
+    shot = write_preview(args.data_root, args.out, args.scan, args.width, args.half, args.panels)
+    print(f"{args.out}: {shot.name}, {len(shot.coord)} points, {len(shot.cameras)} cameras")
     return 0
 
 
@@ -95,31 +223,189 @@ def add_check(commands: argparse._SubParsersAction) -> None:
     """Options of `check`."""
     parser = commands.add_parser(
         "check",
-        help="read every scan of a folder and report what is wrong",
-        description="Read every scan of a folder in SemanticKITTI's layout and report truncated "
-        "files, label counts that differ from the scan's, unknown class ids, coordinates that "
-        "are not finite, and poses that do not reach the last scan. Exit code 1 if there are any.",
+        help="read all of a data set and report what is wrong",
+        description="Read every file of a data set (SemanticKITTI, nuScenes, Waymo, or folders of .npy) and print a "
+        "line for each that is broken: what is wrong, what was expected, what to do. Lines that begin with hint are "
+        "worth a look; the data can be used. Exit code 1 if there are problems.",
         epilog="example: python tools/prepare_data.py check --data-root data/semantic_kitti",
     )
-    parser.add_argument("--data-root", required=True, type=Path, help="holds dataset/sequences")
+    parser.add_argument("--data-root", required=True, type=Path, help="what a config names so")
+    parser.add_argument(
+        "--kind",
+        default="auto",
+        choices=("auto", "semantic_kitti", "nuscenes", "waymo", "folders"),
+        help="the layout (default: seen from the folders)",
+    )
+    parser.add_argument("--workers", type=int, help="threads that read (default: one per core)")
+    parser.add_argument(
+        "--num-classes", type=int, help="folders of .npy: labels from 0 to this, exclusive"
+    )
+    parser.add_argument(
+        "--ignore-index",
+        type=int,
+        default=-1,
+        help="folders of .npy: label of points without one (default -1)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the list there")
     parser.set_defaults(run=check)
 
 
 def check(args: argparse.Namespace) -> int:
-    """Report the problems of a folder."""
-    from pointcept_kd.data.semantic_kitti import check_folder
+    """Report the problems of a data set."""
+    from pointcept_kd.data import check as checks
 
-    scans = problems = 0
-    with tqdm(unit="scan", desc="check") as bar:
-        for path, found in check_folder(args.data_root):
-            if path.suffix == ".bin":
-                scans += 1
+    with tqdm(unit="file", desc="check") as bar:
+
+        def passing():
+            for entry in checks.check(
+                args.data_root, args.kind, args.workers, args.num_classes, args.ignore_index
+            ):
                 bar.update()
-            problems += len(found)
-            for line in found:
-                bar.write(line)
-    print(f"{scans} scans, {problems or 'no'} problem{'s' if problems != 1 else ''}")
-    return 1 if problems else 0
+                yield entry
+
+        scans, found = checks.survey(
+            passing(), lambda line: bar.write(f"hint: {line}" if line.hint else line)
+        )
+    if args.json is not None:
+        checks.write_report(args.json, scans, found)
+    print(checks.summary(scans, found))
+    return 0 if all(entry["hint"] for entry in found) else 1
+
+
+def add_nuscenes_info(commands: argparse._SubParsersAction) -> None:
+    """Options of `nuscenes-info`."""
+    parser = commands.add_parser(
+        "nuscenes-info",
+        help="info files of nuScenes from its tables",
+        description="Join nuScenes' JSON tables into OUT/info/nuscenes_infos_{SWEEPS}sweeps_{split}.pkl, "
+        "as readers expect them, and link OUT/raw to the data where it is missing. v1.0-mini gives "
+        "train and val of the mini splits. A version of your own is all train, unless a "
+        "splits.json beside its tables maps train, val, test to lists of scene names.",
+        epilog="example: python tools/prepare_data.py nuscenes-info --data-root /data/nuscenes "
+        "--version v1.0-trainval --with-camera --out data/nuscenes",
+    )
+    parser.add_argument(
+        "--data-root", required=True, type=Path, help="holds samples, sweeps, v1.0-*, lidarseg"
+    )
+    parser.add_argument(
+        "--version",
+        required=True,
+        help="v1.0-trainval, v1.0-mini, v1.0-test, or your own such as v1.0-sim",
+    )
+    parser.add_argument(
+        "--sweeps", type=int, default=10, help="key frame and the scans before it (default 10)"
+    )
+    parser.add_argument("--with-camera", action="store_true", help="add the six cameras")
+    parser.add_argument("--out", required=True, type=Path, help="the data_root of your configs")
+    parser.set_defaults(run=nuscenes_info)
+
+
+def nuscenes_info(args: argparse.Namespace) -> int:
+    """Write info files and say how many key frames are in them."""
+    from pointcept_kd.data.nuscenes_info import write_infos
+
+    report = write_infos(args.data_root, args.version, args.out, args.sweeps, args.with_camera)
+    for path, entries in report.files.items():
+        print(f"{path}: {entries} key frames")
+    for note in report.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def add_waymo(commands: argparse._SubParsersAction) -> None:
+    """Options of `waymo`."""
+    parser = commands.add_parser(
+        "waymo",
+        help="Waymo segments (*.tfrecord) to folders of arrays",
+        description="Read the official segments of the perception data set v1.x and write "
+        "OUT/SPLIT/SEGMENT/TIMESTAMP/{coord,strength,segment,pose}.npy, which WaymoDataset reads. Needs no "
+        "TensorFlow. Complete frames are kept, so an interrupted run goes on where it stopped; a damaged file is "
+        "reported and does not stop the others (exit code 2).",
+        epilog="example: python tools/prepare_data.py waymo --raw waymo/training --out data/waymo "
+        "--split training --labelled-only",
+    )
+    parser.add_argument(
+        "--raw",
+        required=True,
+        type=Path,
+        help="folder of *.tfrecord, or one above SPLIT/*.tfrecord",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="data_root to write to")
+    parser.add_argument("--split", required=True, help="training, validation or testing")
+    parser.add_argument("--shard", help="i/n, i from 1 to n: only this part of the files")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--labelled-only", action="store_true", help="only frames with segmentation labels"
+    )
+    parser.add_argument(
+        "--frames", type=Path, help="only frames listed in this file, lines of context,timestamp"
+    )
+    parser.set_defaults(run=waymo)
+
+
+def waymo(args: argparse.Namespace) -> int:
+    """Convert segments; say how many frames, how fast, and which files are damaged."""
+    from pointcept_kd.data import waymo_convert
+    from pointcept_kd.data.synthetic import usable_cores
+
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers: {args.workers}; use 1 or more")
+    listed = waymo_convert.read_frame_list(args.frames) if args.frames is not None else None
+    report = waymo_convert.convert(
+        args.raw,
+        args.out,
+        waymo_convert.Plan(args.split, args.labelled_only, listed),
+        args.shard,
+        args.workers or usable_cores(),
+        tell=lambda line: print(f"error: {line}", file=sys.stderr),
+    )
+    print(
+        f"{report.files} files: {report.written} frames written, {report.kept} kept, "
+        f"{report.points / 1e6:.2f} M points in {report.seconds:.1f} s; "
+        f"{len(report.problems) or 'no'} files with problems"
+    )
+    return 2 if report.problems else 0
+
+
+def add_check_submission(commands: argparse._SubParsersAction) -> None:
+    """Options of `check-submission`."""
+    parser = commands.add_parser(
+        "check-submission",
+        help="what a leaderboard's server would refuse in a test's result/submit",
+        description="Check a submission against the rules of its server: files of all scans, one "
+        "label per point, classes that exist, nothing that belongs to no scan. With --zip also pack "
+        "it, if it has no problem. Exit code 1 if there is one.",
+        epilog="example: python tools/prepare_data.py check-submission --kind semantic_kitti "
+        "--folder exp/NAME/result/submit --data-root data/semantic_kitti --zip submission.zip",
+    )
+    parser.add_argument("--kind", required=True, choices=("semantic_kitti", "nuscenes"))
+    parser.add_argument("--folder", required=True, type=Path, help="result/submit, or a zip of it")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        help="of the data set; without it points and scans are not counted",
+    )
+    parser.add_argument(
+        "--split", default="test", help="test (default), or the one that was predicted, such as val"
+    )
+    parser.add_argument("--zip", type=Path, metavar="OUT.zip", help="pack the folder into this")
+    parser.add_argument("--description", help="text of the zip's description.txt (SemanticKITTI)")
+    parser.set_defaults(run=check_submission)
+
+
+def check_submission(args: argparse.Namespace) -> int:
+    """Report what a server would refuse, and pack what it would take."""
+    from pointcept_kd.data import submissions
+
+    found = submissions.check(args.kind, args.folder, args.data_root, args.split)
+    for line in found:
+        print(line)
+    print(f"{args.folder}: {len(found) or 'no'} problem{'s' if len(found) != 1 else ''}")
+    if args.data_root is None:
+        print("scans and points were not counted; give --data-root for that")
+    if args.zip is not None and not found:
+        print(f"wrote {submissions.zip_submission(args.folder, args.zip, args.description)}")
+    return 1 if found else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +415,14 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: python tools/prepare_data.py simulate --out data/sim --preset demo",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_simulate, add_check):
+    for add in (
+        add_simulate,
+        add_preview,
+        add_check,
+        add_nuscenes_info,
+        add_waymo,
+        add_check_submission,
+    ):
         add(commands)
     args = parser.parse_args(argv)
     try:

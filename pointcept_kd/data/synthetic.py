@@ -8,13 +8,12 @@ processes changes nothing, and an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -22,19 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pointcept_kd.host import InputError
 
-from .street import Soup, Street
+from .streets.lidar import (
+    DIFFICULTIES,
+    Caster,
+    embree,
+    ray_directions,
+    sense,
+)
+from .streets.street import Soup, Street
 
 GENERATOR = 1  # raised whenever the same parameters give other files
 MAST = 1.73  # metres from the road to the sensor
 SPEED = 8.0  # metres per second of the car that carries it
-MIN_RANGE = 1.5
 CHUNK = 5  # scans per unit of work
+IMAGE_SIZE = (1242, 375)  # that P0..P3 belong to
 UNSEEN = ("08", *(f"{i:02d}" for i in range(11, 22)))  # validation and test: other layouts
 
 _TRAIN_DEMO = tuple(f"{i:02d}" for i in range(6))
@@ -53,6 +58,7 @@ class Plan:
         spacing: metres between scans.
         max_range: metres.
         seed: seed of everything.
+        difficulty: how untidy scans are, a key of `DIFFICULTIES`.
     """
 
     scans: dict[str, int] = field(default_factory=dict)
@@ -61,6 +67,7 @@ class Plan:
     spacing: float = 1.0
     max_range: float = 50.0
     seed: int = 0
+    difficulty: str = "normal"
 
     def check(self) -> None:
         """Raise InputError for a plan that cannot be simulated."""
@@ -78,6 +85,10 @@ class Plan:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise InputError(f"--{key.replace('_', '-')}: {value} is not in {low}..{high}")
+        if self.difficulty not in DIFFICULTIES:
+            raise InputError(
+                f"--difficulty: {self.difficulty!r} is unknown; use {', '.join(DIFFICULTIES)}"
+            )
 
 
 PRESETS: dict[str, Plan] = {
@@ -86,11 +97,17 @@ PRESETS: dict[str, Plan] = {
 }
 
 
-def plan_from(preset: str, sequences: Sequence[str] | None, scans: int | None, **changes) -> Plan:
+def plan_from(
+    preset: str,
+    sequences: Sequence[str] | None,
+    scans: int | None,
+    presets: Mapping[str, Plan] = PRESETS,
+    **changes: Any,
+) -> Plan:
     """A preset with some of its values replaced; None keeps the preset's."""
-    if preset not in PRESETS:
-        raise InputError(f"--preset: {preset!r} is unknown; use {' or '.join(PRESETS)}")
-    plan = PRESETS[preset]
+    if preset not in presets:
+        raise InputError(f"--preset: {preset!r} is unknown; use {' or '.join(presets)}")
+    plan = presets[preset]
     names = list(plan.scans) if sequences is None else [s.strip().zfill(2) for s in sequences]
     usual = max(plan.scans.values())
     counts = {name: scans or plan.scans.get(name, usual) for name in names}
@@ -102,68 +119,6 @@ def plan_from(preset: str, sequences: Sequence[str] | None, scans: int | None, *
     return plan
 
 
-def beam_elevations(beams: int) -> NDArray:
-    """Elevations (beams,) in radians, highest first."""
-    if beams == 64:
-        degrees = np.concatenate([np.linspace(2.0, -8.33, 32), np.linspace(-8.83, -24.8, 32)])
-    elif beams == 32:
-        degrees = np.linspace(8.0, -25.0, 32)
-    else:
-        degrees = np.linspace(2.0, -24.8, beams)
-    return np.deg2rad(degrees)
-
-
-def ray_directions(beams: int, columns: int) -> NDArray:
-    """Unit directions (beams * columns, 3) in the sensor's frame, beam by beam."""
-    elevation = beam_elevations(beams)[:, None]
-    # The half step keeps rays off the exact axes, where they run along walls and kerbs.
-    azimuth = np.pi - (np.arange(columns)[None] + 0.5) * (2 * np.pi / columns)
-    flat = np.cos(elevation)
-    up = np.broadcast_to(np.sin(elevation), (beams, columns))
-    return np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), up], -1).reshape(-1, 3)
-
-
-def _embree() -> tuple[Any, Any]:
-    try:
-        scene = importlib.import_module("embreex.rtcore_scene")
-        mesh = importlib.import_module("embreex.mesh_construction")
-    except ImportError as error:
-        raise InputError(
-            f'simulating needs Embree ({error}); install it: pip install "pointcept_kd[sim]"'
-        ) from error
-    return scene.EmbreeScene, mesh.TriangleMesh
-
-
-class Caster:
-    """Triangles ready for ray casting."""
-
-    def __init__(self, soup: Soup) -> None:
-        new_scene, new_mesh = _embree()
-        triangles, self.label, self.reflectivity, self.drop, self.scatter = soup.arrays()
-        self.scene = new_scene(robust=True)
-        new_mesh(self.scene, np.ascontiguousarray(triangles))
-
-    def cast(self, origin: NDArray, directions: NDArray) -> tuple[NDArray, ...]:
-        """First hits of rays from one origin.
-
-        Returns:
-            distance (r,) with inf for none, cosine of the incidence angle, label, reflectivity,
-            drop, scatter.
-        """
-        count = len(directions)
-        origins = np.broadcast_to(origin.astype(np.float32), (count, 3)).copy()
-        directions = np.ascontiguousarray(directions, np.float32)
-        hit = self.scene.run(origins, directions, output=True)
-        triangle, normal = hit["primID"], hit["Ng"]
-        found = triangle >= 0
-        distance = np.where(found, hit["tfar"], np.float32(np.inf))
-        length = np.maximum(np.linalg.norm(normal, axis=1), 1e-12)
-        cosine = np.abs((normal * directions).sum(1)) / length
-        rows = np.where(found, triangle, 0)
-        materials = (self.reflectivity[rows], self.drop[rows], self.scatter[rows])
-        return (distance, cosine, self.label[rows], *materials)
-
-
 class Simulator:
     """One sequence: its street and the sensor that drives through it."""
 
@@ -172,51 +127,35 @@ class Simulator:
         self.key = (plan.seed, int(name))
         self.step_time = plan.spacing / SPEED
         length = plan.spacing * (self.scans - 1)
-        self.street = Street(self.key, length, self.step_time, self.scans, name in UNSEEN)
+        self.difficulty = DIFFICULTIES[plan.difficulty]
+        self.street = Street(
+            self.key, length, self.step_time, self.scans, name in UNSEEN, self.difficulty.crowd
+        )
         self.directions = ray_directions(plan.beams, plan.columns)
         self._still = Caster(self.street.soup)
 
     def scan(self, index: int) -> tuple[NDArray, NDArray]:
         """Points (n, 4) float32 x, y, z, remission in the sensor's frame, and labels (n,) uint32."""
-        rng = np.random.default_rng([*self.key, 2, index])
         pose = self.street.sensor_pose(index, MAST)
-        rays = self.directions @ pose[:3, :3].T
-        hits = self._still.cast(pose[:3, 3], rays)
-        place, reach = self.plan.spacing * index, self.plan.max_range + 8
-        moving = self.street.moving(index * self.step_time, place, reach)
-        if moving is not None:
-            others = Caster(moving).cast(pose[:3, 3], rays)
-            nearer = others[0] < hits[0]
-            hits = tuple(np.where(nearer, a, b) for a, b in zip(others, hits, strict=True))
-        distance, cosine, label, reflectivity, drop, scatter = hits
-        keep = (distance >= MIN_RANGE) & (distance <= self.plan.max_range)
-        keep &= ~_lost(rng, distance, cosine, reflectivity, drop)
-        distance, cosine, label, reflectivity, scatter = (
-            v[keep] for v in (distance, cosine, label, reflectivity, scatter)
-        )
-        noisy = (
-            distance + rng.normal(0, 0.02, len(distance)) + scatter * rng.normal(size=len(distance))
-        )
-        remission = _remission(rng, distance, cosine, reflectivity, self.street.gain)
-        points = np.column_stack([self.directions[keep] * noisy[:, None], remission])
-        return points.astype(np.float32), label.astype(np.uint32)
+        moving = self.moving(index, self.plan.max_range + 8)
+        points, label, _ = sense(
+            self._still, moving, self.directions, pose, self.plan.max_range, self.difficulty,
+            self.street.gain, (*self.key, 2, index),
+        )  # fmt: skip
+        return points, label
 
-    def calibration(self) -> dict[str, NDArray]:
-        """Camera matrices P0..P3 and Tr (velodyne to camera 0), each (3, 4)."""
-        rng = np.random.default_rng([*self.key, 4])
-        focal = rng.uniform(700, 722)
-        camera = np.array([[focal, 0, 607.2], [0, focal, 185.2], [0, 0, 1.0]])
-        table = {}
-        for i, offset in enumerate((0.0, -0.537, 0.063, -0.47)):
-            table[f"P{i}"] = camera @ np.column_stack([np.eye(3), [offset, 0, 0]])
-        a, b, c = rng.normal(0, 0.008, 3)
-        x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
-        y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
-        z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
-        axes = np.array([[0.0, -1, 0], [0, 0, -1], [1, 0, 0]])
-        shift = np.array([-0.012, -0.058, -0.29]) + rng.normal(0, 0.01, 3)
-        table["Tr"] = np.column_stack([x @ y @ z @ axes, shift])
-        return table
+    @property
+    def still(self) -> Caster:
+        """What stands, ready for ray casting."""
+        return self._still
+
+    def moving(self, index: int, reach: float) -> Soup | None:
+        """What moves within `reach` metres of the sensor at a scan's time."""
+        return self.street.moving(index * self.step_time, self.plan.spacing * index, reach)
+
+    def calibration(self, scale: float = 1.0) -> dict[str, NDArray]:
+        """Camera matrices for images `scale` times `IMAGE_SIZE`; see `calibration`."""
+        return calibration(self.key, scale)
 
     def camera_poses(self) -> NDArray:
         """Poses (scans, 3, 4) of camera 0 in the frame of camera 0 at the first scan."""
@@ -225,30 +164,36 @@ class Simulator:
         return (to_camera @ np.linalg.inv(poses[0]) @ poses @ np.linalg.inv(to_camera))[:, :3]
 
 
-def _lost(
-    rng: Generator, distance: NDArray, cosine: NDArray, reflectivity: NDArray, drop: NDArray
-) -> NDArray:
-    """Which rays do not come back: far, dark, grazing or through glass, and a few others."""
-    reach = np.minimum(np.where(np.isfinite(distance), distance, 0) / 50, 1.5)
-    weak = np.clip((0.05 - reflectivity * cosine) / 0.05, 0, 1)
-    chance = 1 - (1 - drop) * (1 - 0.015) * (1 - 0.2 * reach**2) * (1 - 0.5 * weak * reach)
-    return rng.random(len(distance)) < chance
+def calibration(key: tuple[int, ...], scale: float = 1.0) -> dict[str, NDArray]:
+    """Camera matrices P0..P3 and Tr (velodyne to camera 0), each (3, 4).
 
-
-def _remission(
-    rng: Generator, distance: NDArray, cosine: NDArray, reflectivity: NDArray, gain: float
-) -> NDArray:
-    """Remission in 0..0.99 in steps of 0.01: material, angle, range, speckle."""
-    speckle = rng.lognormal(0, 0.2, len(distance))
-    signal = gain * reflectivity * (0.35 + 0.65 * cosine) * (1 - 0.35 * distance / 50) * speckle
-    signal = signal + rng.normal(0, 0.02, len(distance))
-    return np.round(np.clip(signal, 0, 0.99), 2)
+    Args:
+        key: seeds the mounting.
+        scale: of images, 1.0 for `IMAGE_SIZE`.
+    """
+    rng = np.random.default_rng([*key, 4])
+    focal = rng.uniform(700, 722)
+    camera = np.array([[focal, 0, 607.2], [0, focal, 185.2], [0, 0, 1.0]])
+    table = {}
+    for i, offset in enumerate((0.0, -0.537, 0.063, -0.47)):
+        table[f"P{i}"] = camera @ np.column_stack([np.eye(3), [offset, 0, 0]])
+    a, b, c = rng.normal(0, 0.008, 3)
+    x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
+    y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
+    z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
+    axes = np.array([[0.0, -1, 0], [0, 0, -1], [1, 0, 0]])
+    shift = np.array([-0.012, -0.058, -0.29]) + rng.normal(0, 0.01, 3)
+    if scale != 1.0:
+        table = {name: np.diag([scale, scale, 1.0]) @ matrix for name, matrix in table.items()}
+    table["Tr"] = np.column_stack([x @ y @ z @ axes, shift])
+    return table
 
 
 # Writing
 
 
-def _replace_with(path: Path, data: bytes) -> None:
+def replace_with(path: Path, data: bytes) -> None:
+    """Write a file so that it is there completely or not at all."""
     hidden = path.with_name(f".{path.name}.tmp")
     hidden.write_bytes(data)
     os.replace(hidden, path)
@@ -269,74 +214,106 @@ def _scan_files(folder: Path, index: int) -> tuple[Path, Path]:
     return folder / "velodyne" / f"{index:06d}.bin", folder / "labels" / f"{index:06d}.label"
 
 
-def _complete(folder: Path, index: int) -> bool:
+def scan_complete(folder: Path, index: int) -> bool:
     scan, label = (_size(path) for path in _scan_files(folder, index))
     return scan > 0 and scan % 16 == 0 and label == scan // 4
 
 
 @lru_cache(maxsize=1)
-def _simulator(plan_text: str, name: str) -> Simulator:
+def simulator_of(plan_text: str, name: str) -> Simulator:
     return Simulator(Plan(**json.loads(plan_text)), name)
 
 
 def _write_scans(plan_text: str, folder: str, name: str, indices: list[int]) -> tuple[int, int]:
     """Simulate some scans of one sequence; returns how many scans and points were written."""
-    simulator, target, points = _simulator(plan_text, name), Path(folder), 0
+    simulator, target, points = simulator_of(plan_text, name), Path(folder), 0
     for index in indices:
         scan, label = simulator.scan(index)
         if not len(scan):
             raise InputError(f"sequence {name}, scan {index}: no returns; use more --columns")
         scan_file, label_file = _scan_files(target, index)
-        _replace_with(label_file, label.astype("<u4").tobytes())
-        _replace_with(scan_file, scan.astype("<f4").tobytes())
+        replace_with(label_file, label.astype("<u4").tobytes())
+        replace_with(scan_file, scan.astype("<f4").tobytes())
         points += len(scan)
     return len(indices), points
 
 
-def _write_tables(plan_text: str, folder: str, name: str) -> None:
-    simulator, target = _simulator(plan_text, name), Path(folder)
-    table = simulator.calibration()
-    _replace_with(target / "calib.txt", _rows(table.values(), table))
-    _replace_with(target / "poses.txt", _rows(simulator.camera_poses()))
+def write_calibration(plan_text: str, folder: str, name: str, scale: float) -> None:
+    """`calib.txt` for images `scale` times `IMAGE_SIZE`; cameras have to stand in it as they are."""
+    table = calibration((json.loads(plan_text)["seed"], int(name)), scale)
+    replace_with(Path(folder) / "calib.txt", _rows(table.values(), table))
+
+
+def _write_tables(plan_text: str, folder: str, name: str, scale: float) -> None:
+    simulator, target = simulator_of(plan_text, name), Path(folder)
+    write_calibration(plan_text, folder, name, scale)
+    replace_with(target / "poses.txt", _rows(simulator.camera_poses()))
     times = np.arange(simulator.scans) * simulator.step_time
-    _replace_with(target / "times.txt", _rows(times))
+    replace_with(target / "times.txt", _rows(times))
 
 
-def _work(job: tuple[str, str, str, list[int], bool]) -> tuple[int, int]:
-    plan_text, folder, name, indices, tables = job
+def _work(job: tuple[str, str, str, list[int], bool, float]) -> tuple[int, int]:
+    plan_text, folder, name, indices, tables, scale = job
     if tables:
-        _write_tables(plan_text, folder, name)
+        _write_tables(plan_text, folder, name, scale)
     return _write_scans(plan_text, folder, name, indices)
 
 
-def _claim_folder(out: Path, plan: Plan, note: dict[str, Any]) -> None:
+def read_card(out: Path) -> dict[str, Any] | None:
+    """What `dataset.json` says, or None where there is none."""
+    card = out / "dataset.json"
+    if not card.is_file():
+        return None
+    try:
+        found = json.loads(card.read_text(encoding="utf-8"))
+        # What was made before there were layouts and difficulties.
+        found["plan"] = {"difficulty": "normal", **found["plan"]}
+        found["generator"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{card}: not written by this tool; use another --out") from error
+    return {"layout": "kitti", **found}
+
+
+def write_card(out: Path, card: dict[str, Any]) -> None:
+    """Replace `dataset.json`."""
+    replace_with(out / "dataset.json", (json.dumps(card, indent=2) + "\n").encode())
+
+
+def refuse_change(out: Path, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise InputError when something was made with other parameters."""
+    for key, value in new.items():
+        if old.get(key) != value:
+            raise InputError(
+                f"{out} holds {what} with {key}={old.get(key)}, asked for {key}={value}; use another "
+                "--out or delete the folder"
+            )
+
+
+def claim_folder(
+    out: Path, plan: Plan, note: dict[str, Any], layout: str = "kitti", **more: dict[str, Any]
+) -> None:
     """Write the plan into the folder, or refuse a folder that holds something else."""
     card, wanted = out / "dataset.json", {"generator": GENERATOR, "plan": asdict(plan)}
-    if card.is_file():
-        try:
-            found = json.loads(card.read_text(encoding="utf-8"))
-            old, version = dict(found["plan"]), found["generator"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{card}: not written by this tool; use another --out") from error
+    found = read_card(out)
+    if found is not None:
+        version = found["generator"]
         if version != GENERATOR:
             raise InputError(
                 f"{card}: made by generator {version}, this is {GENERATOR}; use another --out"
             )
-        changed = [key for key, value in wanted["plan"].items() if old.get(key) != value]
-        if changed:
-            key = changed[0]
-            raise InputError(
-                f"{out} holds scans with {key}={old.get(key)}, asked for {key}="
-                f"{wanted['plan'][key]}; use another --out or delete the folder"
-            )
+        refuse_change(out, "a data set", found, {"layout": layout})
+        refuse_change(out, "scans", found["plan"], wanted["plan"])
+        for name, parameters in more.items():
+            refuse_change(out, "scans", dict(found.get(name) or {}), parameters)
         return
-    if (out / "dataset").exists():
-        raise InputError(f"{out}/dataset exists without dataset.json; use another --out")
+    for folder in ("dataset", "raw"):
+        if (out / folder).exists():
+            raise InputError(f"{out}/{folder} exists without dataset.json; use another --out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; give a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _replace_with(card, (json.dumps({**wanted, **note}, indent=2) + "\n").encode())
+        write_card(out, {"layout": layout, **wanted, **more, **note})
     except OSError as error:
         raise InputError(f"--out: cannot write to {out} ({error.strerror})") from error
 
@@ -367,26 +344,26 @@ def simulate(
         InputError: without Embree, for a plan that cannot be, or a folder with other scans.
     """
     plan.check()
-    _embree()
+    embree()
     out = Path(out)
-    _claim_folder(out, plan, note or {})
+    claim_folder(out, plan, note or {})
+    scale = ((read_card(out) or {}).get("cameras") or {}).get("scale", 1.0)
     begin, plan_text = time.perf_counter(), json.dumps(asdict(plan))
     jobs, kept = [], 0
     for name, count in plan.scans.items():
         folder = out / "dataset" / "sequences" / name
         for part in ("velodyne", "labels"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        missing = [i for i in range(count) if not _complete(folder, i)]
+        missing = [i for i in range(count) if not scan_complete(folder, i)]
         tables = any(_size(folder / f"{t}.txt") < 0 for t in ("calib", "poses", "times"))
         kept += count - len(missing)
         for start in range(0, max(len(missing), int(tables)), CHUNK):
             part = missing[start : start + CHUNK]
-            jobs.append((plan_text, str(folder), name, part, tables and start == 0))
-    workers = min(workers or usable_cores(), max(len(jobs), 1))
+            jobs.append((plan_text, str(folder), name, part, tables and start == 0, scale))
     written = points = 0
     total = sum(len(job[3]) for job in jobs)
     with tqdm(total=total, unit="scan", desc="simulate", disable=not progress) as bar:
-        for done, more in _run(jobs, workers):
+        for done, more in run(_work, jobs, workers):
             written, points = written + done, points + more
             bar.update(done)
     seconds = time.perf_counter() - begin
@@ -400,16 +377,20 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _run(jobs: list[tuple], workers: int) -> Iterable[tuple[int, int]]:
+def run(
+    work: Callable[[tuple], tuple[int, int]], jobs: list[tuple], workers: int | None
+) -> Iterator[tuple[int, int]]:
+    """Results of jobs, in processes of their own where that is worth it; None: one per core."""
+    workers = min(workers or usable_cores(), max(len(jobs), 1))
     if workers < 2:
-        yield from map(_work, jobs)
+        yield from map(work, jobs)
         return
     context = multiprocessing.get_context("spawn")
     # Ctrl-C reaches the whole process group; the parent alone should answer it.
     quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     pool = ProcessPoolExecutor(workers, mp_context=context, **quiet)
     try:
-        for future in as_completed([pool.submit(_work, job) for job in jobs]):
+        for future in as_completed([pool.submit(work, job) for job in jobs]):
             yield future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,7 @@
 """Simulated streets: files, geometry, motion, restart, refusals."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -11,17 +12,19 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from pointcept_kd.data import shapes, synthetic, things
+from pointcept_kd.data import synthetic
+from pointcept_kd.data.check import check
 from pointcept_kd.data.semantic_kitti import (
     LEARNING_MAP,
-    check_folder,
     load_calib,
     load_poses,
     map_labels,
     read_labels,
     read_scan,
 )
-from pointcept_kd.data.street import Soup, Street
+from pointcept_kd.data.streets import lidar, scenery, shapes, things
+from pointcept_kd.data.streets.ground import BARRIER, CONE, MACHINE
+from pointcept_kd.data.streets.street import Soup, Street
 from pointcept_kd.host import InputError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
@@ -79,8 +82,8 @@ def test_solids_are_closed_and_face_outwards():
         (things.tractor, {20}, (2.4, 2.6)), (things.person, {30}, (1.4, 2.1)),
         (things.bicycle, {11}, (0.9, 1.1)), (things.motorcycle, {15}, (0.95, 1.15)),
         (things.bicyclist, {31}, (1.4, 2.0)), (things.motorcyclist, {32}, (1.3, 2.0)),
-        (things.sign, {80, 81}, (1.8, 4.5)), (things.lamp, {80}, (0.7, 8.4)),
-        (things.tree, {70, 71}, (2.0, 12.0)), (things.bush, {70}, (0.3, 3.0)),
+        (scenery.sign, {80, 81}, (1.8, 4.5)), (scenery.lamp, {80}, (0.7, 8.4)),
+        (scenery.tree, {70, 71}, (2.0, 12.0)), (scenery.bush, {70}, (0.3, 3.0)),
     ],
 )  # fmt: skip
 def test_things_have_their_class_and_size(make, labels, height):
@@ -91,6 +94,21 @@ def test_things_have_their_class_and_size(make, labels, height):
         assert np.isfinite(corners).all()
         assert height[0] <= corners[:, 2].max() <= height[1]
         assert all(0 <= p.reflectivity <= 1 and 0 <= p.drop < 1 for p in parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "label", "height"),
+    [
+        (things.excavator, MACHINE, (2.6, 3.7)),
+        (scenery.barrier, BARRIER, (0.9, 1.15)),
+        (scenery.cone, CONE, (0.5, 0.95)),
+    ],
+)
+def test_roadworks_have_their_class_and_size(make, label, height):
+    for seed in range(5):
+        parts = make(np.random.default_rng(seed), label)
+        assert {p.label for p in parts} == {label}
+        assert height[0] <= max(p.triangles[..., 2].max() for p in parts) <= height[1]
 
 
 # Street
@@ -147,6 +165,42 @@ def test_moving_things_change_place_and_keep_their_instance(street):
     assert moved == pytest.approx(abs(mover.speed) * 0.2, rel=0.15)
 
 
+@pytest.mark.parametrize("unseen", [False, True])
+def test_things_that_carry_a_moving_class_move_and_no_others(unseen):
+    street = Street((9, 4), length=24.0, step_time=0.5, scans=7, unseen=unseen)
+    times = np.arange(7) * 0.5
+    frames = [street.solids_at(t, 8.0 * t, 60.0) for t in times]
+    moved = still = 0
+    for before, after in itertools.pairwise(frames):
+        for instance in before.keys() & after.keys():
+            a, b = before[instance], after[instance]
+            assert a.label == b.label
+            way = float(np.linalg.norm(b.centre - a.centre))
+            if 252 <= a.label <= 259:
+                moved += 1
+                assert way > 0.3  # half a second at walking pace
+            else:
+                still += 1
+                assert way == 0.0
+    assert moved > 15
+    assert still > 100
+
+
+def test_extras_leave_the_ordinary_street_as_it_was(street):
+    for extra in ({"crowd": 12}, {"roadworks": True}):
+        other = Street((1, 3), 60.0, 0.5, 21, False, **extra)
+        count = sum(g.count for g in other.soup.groups)
+        ours, theirs = street.soup.arrays(), other.soup.arrays()
+        assert count > len(ours[0])
+        assert np.array_equal(ours[0], theirs[0][: len(ours[0])])
+        if "crowd" in extra:
+            assert np.array_equal(ours[1], theirs[1][: len(ours[1])])
+        else:
+            labels = set((theirs[1] & 0xFFFF).tolist())
+            assert {MACHINE, BARRIER, CONE} <= labels
+    assert not {MACHINE, BARRIER, CONE} & set((street.soup.arrays()[1] & 0xFFFF).tolist())
+
+
 # Ray casting
 
 
@@ -167,10 +221,10 @@ def test_nearer_surface_hides_the_farther():
 
 def test_beams():
     for beams in (16, 32, 64):
-        elevation = np.rad2deg(synthetic.beam_elevations(beams))
+        elevation = np.rad2deg(lidar.beam_elevations(beams))
         assert len(elevation) == beams
         assert (np.diff(elevation) < 0).all()
-    directions = synthetic.ray_directions(64, 100)
+    directions = lidar.ray_directions(64, 100)
     assert np.linalg.norm(directions, axis=1) == pytest.approx(1)
     assert np.rad2deg(np.arcsin(directions[[0, -1], 2])) == pytest.approx([2.0, -24.8])
 
@@ -201,7 +255,7 @@ def test_layout_and_values(tiny):
         assert len(load_poses(folder)) == count
         assert len((folder / "times.txt").read_text().split()) == count
     assert points == report.points
-    assert all(not found for _, found in check_folder(out))
+    assert all(not found for _, found in check(out))
 
 
 def test_workers_change_nothing(tiny, tmp_path):
@@ -257,6 +311,64 @@ def test_poses_bring_scans_together(tiny):
     assert together < 0.7 * apart
 
 
+def test_points_lie_in_the_box_of_their_instance():
+    """Labels, instance ids and moving classes agree with boxes computed apart from the ray casting."""
+    pytest.importorskip("embreex", reason="the extra `sim` is not installed")
+    plan = synthetic.Plan({"00": 4}, beams=32, columns=256, spacing=4.0, seed=5)
+    simulator = synthetic.Simulator(plan, "00")
+    checked = {True: set(), False: set()}
+    for i in range(4):
+        points, label = simulator.scan(i)
+        pose = simulator.street.sensor_pose(i, synthetic.MAST)
+        world = points[:, :3] @ pose[:3, :3].T + pose[:3, 3]
+        boxes = simulator.street.solids_at(i * simulator.step_time, 4.0 * i, 60.0)
+        for instance in set((label >> 16).tolist()) - {0}:
+            mine = label >> 16 == instance
+            box = boxes[instance]
+            assert set((label[mine] & 0xFFFF).tolist()) == {box.label}
+            c, s = np.cos(box.yaw), np.sin(box.yaw)
+            away = world[mine] - box.place
+            own = np.stack(
+                [c * away[:, 0] + s * away[:, 1], c * away[:, 1] - s * away[:, 0], away[:, 2]], 1
+            )
+            outside = np.maximum(box.low - own, own - box.high).max()
+            assert outside < 0.12, (instance, box.label, outside)  # the range's noise is 2 cm
+            checked[box.label >= 252].add(instance)
+    assert len(checked[True]) >= 4
+    assert len(checked[False]) >= 20
+
+
+def test_difficulty_changes_noise_loss_and_clutter():
+    pytest.importorskip("embreex", reason="the extra `sim` is not installed")
+    scans = {}
+    for name in ("easy", "normal", "hard"):
+        plan = synthetic.Plan(
+            {"00": 2}, beams=32, columns=256, spacing=4.0, seed=5, difficulty=name
+        )
+        scans[name] = synthetic.Simulator(plan, "00").scan(1)
+    outliers = {name: int((label & 0xFFFF == 1).sum()) for name, (_, label) in scans.items()}
+    assert outliers["easy"] == outliers["normal"] == 0
+    assert outliers["hard"] > 40
+    near = {}
+    for name, (points, label) in scans.items():  # road close by, a plane that tilts little
+        road = points[(label == 40) & (np.linalg.norm(points[:, :2], axis=1) < 9), :3].astype(
+            np.float64
+        )
+        columns = np.column_stack([road[:, :2], np.abs(road[:, 1]), np.ones(len(road))])
+        fit = columns @ np.linalg.lstsq(columns, road[:, 2], rcond=None)[0]
+        near[name] = float(np.std(road[:, 2] - fit))
+    assert near["easy"] < near["normal"] < near["hard"]
+    distance = np.full(20000, 30.0)
+    ones = np.ones_like(distance)
+    lost = [
+        lidar._lost(np.random.default_rng(0), distance, ones, ones, 0 * ones, d.loss).mean()
+        for d in (synthetic.DIFFICULTIES[n] for n in ("easy", "normal", "hard"))
+    ]
+    # 1 - (1 - 0.015 f) (1 - 0.2 f (30/50)^2)
+    for share, f in zip(lost, (0.4, 1.0, 2.5)):
+        assert share == pytest.approx(1 - (1 - 0.015 * f) * (1 - 0.072 * f), abs=0.01)
+
+
 @pytest.mark.parametrize("name", ["00", "04", "08"])
 def test_every_class_occurs(name):
     pytest.importorskip("embreex", reason="the extra `sim` is not installed")
@@ -274,6 +386,19 @@ def test_another_plan_is_not_mixed_in(tiny):
     plan = synthetic.Plan({"00": 3, "08": 2}, 16, 128, spacing=4.0, seed=7)
     with pytest.raises(InputError, match=r"seed=5, asked for seed=7; use another --out"):
         synthetic.simulate(out, plan, workers=1, progress=False)
+
+
+def test_folders_made_before_there_were_difficulties_go_on(tmp_path):
+    pytest.importorskip("embreex", reason="the extra `sim` is not installed")
+    plan = synthetic.Plan({"00": 1}, 8, 64)
+    synthetic.simulate(tmp_path, plan, workers=1, progress=False)
+    card = json.loads((tmp_path / "dataset.json").read_text())
+    del card["plan"]["difficulty"], card["layout"]
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    assert synthetic.simulate(tmp_path, plan, workers=1, progress=False).kept == 1
+    hard = synthetic.Plan({"00": 1}, 8, 64, difficulty="hard")
+    with pytest.raises(InputError, match="difficulty=normal, asked for difficulty=hard"):
+        synthetic.simulate(tmp_path, hard, workers=1, progress=False)
 
 
 def test_real_data_is_not_mixed_in(tmp_path):
@@ -310,6 +435,10 @@ def test_options_out_of_range(arguments, text):
 def test_numbers_out_of_range():
     with pytest.raises(InputError, match="--beams: 1 is not in 2..256"):
         synthetic.plan_from("demo", None, None, beams=1)
+    with pytest.raises(
+        InputError, match="--difficulty: 'rough' is unknown; use easy, normal, hard"
+    ):
+        synthetic.plan_from("demo", None, None, difficulty="rough")
     with pytest.raises(InputError, match="--spacing"):
         synthetic.plan_from("demo", None, None, spacing=float("nan"))
 

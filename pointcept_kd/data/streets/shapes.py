@@ -1,8 +1,9 @@
 """Triangles of simple shapes, and the parts that things of a simulated street are made of.
 
 A part carries the raw SemanticKITTI class of its triangles, their reflectivity in 0..1, the
-probability that a ray which hits it does not come back (glass), and the spread in metres of the
-range (leaves). Metres, z up; triangles are float32 (t, 3, 3): triangle, corner, xyz.
+probability that a ray which hits it does not come back (glass), the spread in metres of the
+range (leaves), and what it is made of, by which cameras colour it. Metres, z up; triangles are
+float32 (t, 3, 3): triangle, corner, xyz.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Part(NamedTuple):
     reflectivity: float
     drop: float = 0.0
     scatter: float = 0.0
+    material: str = "paint"
 
 
 # fmt: off
@@ -117,3 +119,55 @@ def upright(x0: float, x1: float, z0: float, z1: float, y: float) -> Triangles:
     """An upright rectangle facing -y."""
     corners = np.array([[[x0, y, z0], [x1, y, z0]], [[x0, y, z1], [x1, y, z1]]])
     return quads(corners)
+
+
+class Group(NamedTuple):
+    """What triangles that were added together have in common."""
+
+    count: int
+    material: str
+    thing: int  # parts of one thing share it: its instance id, or a negative number
+
+
+class Soup:
+    """Triangles, each with a label (instance id in the high 16 bits) and a material.
+
+    `groups` lists them by what they are made of, in the order of `arrays`.
+    """
+
+    def __init__(self) -> None:
+        self._triangles: list[Triangles] = []
+        self._rows: list[tuple[NDArray, ...]] = []
+        self.groups: list[Group] = []
+        self._things = 0
+
+    def add(
+        self,
+        triangles: Triangles,
+        label: ArrayLike,
+        reflectivity: ArrayLike,
+        drop: float = 0.0,
+        scatter: float = 0.0,
+        material: str = "ground",
+        thing: int = 0,
+    ) -> None:
+        """Add triangles; label and reflectivity are one value or one per triangle."""
+        row = zip((label, reflectivity, drop, scatter), (np.uint32, *[np.float32] * 3), strict=True)
+        columns = [np.broadcast_to(np.asarray(v, t), len(triangles)) for v, t in row]
+        self._triangles.append(triangles)
+        self._rows.append(tuple(columns))
+        self.groups.append(Group(len(triangles), material, thing))
+
+    def add_parts(self, parts: list[Part], instance: int = 0) -> None:
+        """Add a thing; only vehicles, people and the like have an instance id."""
+        self._things += 1
+        thing = instance or -self._things
+        for part in parts:
+            label = part.label | (instance << 16)
+            look = (part.reflectivity, part.drop, part.scatter, part.material, thing)
+            self.add(part.triangles, label, *look)
+
+    def arrays(self) -> tuple[Triangles, NDArray, NDArray, NDArray, NDArray]:
+        """Triangles (t, 3, 3) float32, label (t,) uint32, reflectivity, drop, scatter (t,)."""
+        columns = [np.concatenate(c) for c in zip(*self._rows, strict=True)]
+        return (np.concatenate(self._triangles), *columns)
