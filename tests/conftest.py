@@ -1,5 +1,6 @@
 """What every test may rely on: few threads, seeded generators, the real samples where they are."""
 
+import logging
 import os
 import random
 from pathlib import Path
@@ -30,6 +31,12 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plain_logging():
+    """A run that another test started has set the package's logger to INFO."""
+    logging.getLogger("pointcept_kd").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from pointcept_kd.host import InputError
 from . import semantic_kitti
 from .check_folders import check_folders
 from .findings import Problem, as_problem, coordinates, images, pictures, rotation, strengths
+from .scans import finite_numbers
 
 KINDS = ("auto", "semantic_kitti", "nuscenes", "waymo", "folders")
 
@@ -224,14 +225,11 @@ def _numbers(path: Path, count: int) -> tuple[NDArray, list[Problem]]:
         lines.pop()
     values, bad = np.full((len(lines), count), np.nan), []
     for row, line in enumerate(lines):
-        try:
-            numbers = np.array(line.split(), np.float64)
-        except ValueError:
-            numbers = np.empty(0)
-        if len(numbers) == count and np.isfinite(numbers).all():
-            values[row] = numbers
-        else:
+        numbers = finite_numbers(line.split(), count)
+        if numbers is None:
             bad.append(row)
+        else:
+            values[row] = numbers
     if not lines:
         return values, [Problem(f"{path}: the file is empty; copy it again", "empty")]
     if bad:

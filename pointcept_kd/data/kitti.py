@@ -26,21 +26,12 @@ from pointcept_kd.host.loader import DefaultDataset
 
 from .boxes import box_of_points
 from .camera import Camera, image_size, kitti_camera, read_rgb
+from .scans import finite_numbers, finite_rows, numbers_of_row, read_rows, require_choice
 from .semantic_kitti import read_scan
 
 CLASS_NAMES = ("Car", "Pedestrian", "Cyclist")
 DONT_CARE = "DontCare"
 FOLDERS = ("training", "testing")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file ({error.reason})") from error
-    return text.splitlines()
 
 
 def read_calib(path: str | os.PathLike[str]) -> dict[str, NDArray]:
@@ -49,21 +40,11 @@ def read_calib(path: str | os.PathLike[str]) -> dict[str, NDArray]:
     Raises:
         InputError: for a file that cannot be read or a row without 12 (9) numbers.
     """
-    path, table = Path(path), {}
-    for row, line in enumerate(_lines(path)):
+    table = {}
+    for row, line in read_rows(path):
         name, _, rest = line.partition(":")
-        if not name.strip():
-            continue
         columns = 3 if name.strip() == "R0_rect" else 4
-        try:
-            values = np.array(rest.split(), np.float64)
-        except ValueError:
-            values = np.empty(0)
-        if len(values) != 3 * columns or not np.isfinite(values).all():
-            raise InputError(
-                f"{path}: row {row} should hold {3 * columns} finite numbers, got {line[:60]!r}"
-            )
-        table[name.strip()] = values.reshape(3, columns)
+        table[name.strip()] = numbers_of_row(path, row, rest, 3 * columns).reshape(3, columns)
     return table
 
 
@@ -98,16 +79,11 @@ def read_boxes(path: str | os.PathLike[str], to_camera: NDArray) -> dict[str, An
     Raises:
         InputError: for a file that cannot be read or a row that is no label.
     """
-    path, rows, names, ignored = Path(path), [], [], []
-    for row, line in enumerate(_lines(path)):
+    rows, names, ignored = [], [], []
+    for row, line in read_rows(path):
         words = line.split()
-        if not words:
-            continue
-        try:
-            values = np.array(words[1:15], np.float64)
-        except ValueError:
-            values = np.empty(0)
-        if len(values) != 14 or not np.isfinite(values).all():
+        values = finite_numbers(words[1:15], 14)
+        if values is None:
             raise InputError(
                 f"{path}: row {row} should hold a class and 14 numbers, got {line[:60]!r}"
             )
@@ -161,15 +137,14 @@ class KITTIObjectDataset(DefaultDataset):
         transform: Sequence[Mapping[str, Any]] | None = None,
         test_mode: bool = False,
         test_cfg: Mapping[str, Any] | None = None,
-        cache: bool = False,
+        cache: bool | str = False,
         ignore_index: int = -1,
         loop: int = 1,
         velodyne: str = "velodyne",
         classes: Sequence[str] | None = None,
         background: int | None = None,
     ) -> None:
-        if velodyne not in ("velodyne", "velodyne_reduced"):
-            raise InputError(f"velodyne={velodyne!r}: use 'velodyne' or 'velodyne_reduced'")
+        require_choice("velodyne", velodyne, ("velodyne", "velodyne_reduced"))
         if isinstance(classes, str):
             raise InputError(f"classes={classes!r}: expected a list such as {list(CLASS_NAMES)}")
         if background is not None and classes is None:
@@ -209,11 +184,11 @@ class KITTIObjectDataset(DefaultDataset):
                 "'training' for all frames"
             )
         folder = Path(self.data_root) / FOLDERS[split == "test"] / self.velodyne
-        stems = [line.strip() for line in _lines(path) if line.strip()]
-        for row, stem in enumerate(stems):
-            if not (folder / f"{stem}.bin").is_file():
-                raise InputError(f"{path}: row {row}: {folder / stem}.bin is missing")
-        return [folder / f"{stem}.bin" for stem in stems]
+        scans = [(row, folder / f"{line.strip()}.bin") for row, line in read_rows(path)]
+        for row, scan in scans:
+            if not scan.is_file():
+                raise InputError(f"{path}: row {row}: {scan} is missing")
+        return [scan for _, scan in scans]
 
     def _file(self, idx: int, folder: str, suffix: str) -> Path:
         path = Path(self.data_list[idx % len(self.data_list)])
@@ -229,13 +204,7 @@ class KITTIObjectDataset(DefaultDataset):
         """One frame: coord (n, 3), strength (n, 1) float32, segment (n,) int32, name."""
         path = self._file(idx, self.velodyne, ".bin")
         scan = read_scan(path)
-        finite = np.isfinite(scan).all(1)
-        if not finite.all():
-            row = int(np.argmin(finite))
-            raise InputError(
-                f"{path}: row {row} is not finite {scan[row].tolist()}, {int((~finite).sum())} of "
-                f"{len(scan)} points; copy the file again"
-            )
+        finite_rows(path, scan, drop=False, remedy="copy the file again")
         return {
             "coord": np.ascontiguousarray(scan[:, :3]),
             "strength": np.ascontiguousarray(scan[:, 3:]),

@@ -34,6 +34,7 @@ from .nuscenes_files import (
     read_labels,
     read_scan,
 )
+from .scans import NONFINITE, WarnOnce, finite_rows, in_file, nonfinite_problems, require_choice
 from .sweeps import aggregate
 
 __all__ = ["CLASS_NAMES", "COLORS", "LEARNING_MAP", "NuScenesDataset", "problems"]
@@ -71,15 +72,14 @@ class NuScenesDataset(DefaultDataset):
         transform: Sequence[Mapping[str, Any]] | None = None,
         test_mode: bool = False,
         test_cfg: Mapping[str, Any] | None = None,
-        cache: bool = False,
+        cache: bool | str = False,
         ignore_index: int = -1,
         loop: int = 1,
         sweeps: int = 10,
         aggregate_sweeps: int = 0,
         nonfinite: str = "error",
     ) -> None:
-        if nonfinite not in ("error", "drop"):
-            raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
+        require_choice("nonfinite", nonfinite, NONFINITE)
         for key, value, least in (("sweeps", sweeps, 1), ("aggregate_sweeps", aggregate_sweeps, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{key}={value!r}: expected a whole number, {least} or more")
@@ -92,7 +92,7 @@ class NuScenesDataset(DefaultDataset):
         self.aggregate_sweeps = aggregate_sweeps
         self.nonfinite = nonfinite
         self.raw = Path(data_root) / "raw"
-        self._told_missing = False
+        self._warn_missing = WarnOnce(logger)
         super().__init__(
             split=split, data_root=data_root, transform=transform, test_mode=test_mode,
             test_cfg=test_cfg, cache=cache, ignore_index=ignore_index, loop=loop,
@@ -173,40 +173,22 @@ class NuScenesDataset(DefaultDataset):
         return list(found.values())[: self.aggregate_sweeps]
 
     def _cleaned(self, path: Path, scan: NDArray, segment: NDArray) -> dict[str, Any]:
-        finite = np.isfinite(scan).all(1)
-        if not finite.all():
-            bad = int((~finite).sum())
-            if self.nonfinite == "error":
-                row = int(np.argmin(finite))
-                raise InputError(
-                    f"{path}: row {row} is not finite {scan[row].tolist()}, {bad} of "
-                    f"{len(scan)} points; repair the file or set nonfinite='drop'"
-                )
-            scan, segment = scan[finite], segment[finite]
-            if not len(scan):
-                raise InputError(f"{path}: all {bad} points are not finite; remove the scan")
+        kept = finite_rows(path, scan, drop=self.nonfinite == "drop")
         return {
-            "coord": np.ascontiguousarray(scan[:, :3]),
-            "strength": scan[:, 3:4] / np.float32(255),
-            "segment": segment,
+            "coord": np.ascontiguousarray(scan[kept, :3]),
+            "strength": scan[kept, 3:4] / np.float32(255),
+            "segment": segment[kept],
         }
 
     def _segment(self, idx: int, points: int) -> NDArray:
         path = self.label_path(idx)
         if path is None or not path.is_file():
-            if self.split != "test" and not self._told_missing:
-                self._told_missing = True
-                logger.warning("%s has no labels (%s): its points, and those of others like it, are ignored",
-                               self.get_data_name(idx), path or "no gt_segment_path")  # fmt: skip
+            if self.split != "test":
+                text = "%s has no labels (%s): its points, and those of others like it, are ignored"
+                self._warn_missing(text, self.get_data_name(idx), path or "no gt_segment_path")
             return np.full(points, self.ignore_index, np.int32)
-        try:
+        with in_file(path):
             return map_labels(read_labels(path, points), self.ignore_index)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(
-                f"{path}: {error}; the file is damaged or of another data set"
-            ) from error
 
     def pose_of(self, idx: int) -> NDArray:
         """LiDAR to world (4, 4) float64 at the time of the key frame.
@@ -364,21 +346,16 @@ def _scan_problems(raw: Path, path: Path, info: Mapping[str, Any], labelled: boo
     try:
         scan = read_scan(path)
         points = len(scan)
-        bad = ~np.isfinite(scan).all(1)
-        if bad.any():
-            found.append(
-                f"{path}: {int(bad.sum())} points are not finite, the first in row {int(np.argmax(bad))}"
-            )
+        found += nonfinite_problems(path, scan)
     except InputError as error:
         found.append(str(error))
     if "gt_segment_path" in info:
         label = find_file(raw, info["gt_segment_path"])
         try:
-            map_labels(read_labels(label, points))
+            with in_file(label):
+                map_labels(read_labels(label, points))
         except InputError as error:
             found.append(str(error))
-        except ValueError as error:
-            found.append(f"{label}: {error}")
     elif labelled:
         found.append(f"{path}: its info entry has no gt_segment_path; its points would be ignored")
     return found

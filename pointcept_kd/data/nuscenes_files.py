@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pointcept_kd.host import InputError
 
 from .safe_pickle import load_plain
+from .scans import class_table, map_classes, read_points, read_values
 
 CLASS_NAMES = (
     "barrier", "bicycle", "bus", "car", "construction_vehicle", "motorcycle", "pedestrian",
@@ -37,9 +38,7 @@ COLORS = np.array(
     dtype=np.uint8,
 )  # fmt: skip
 
-_UNKNOWN = -2
-_TABLE = np.full(1 << 8, _UNKNOWN, np.int32)
-_TABLE[list(LEARNING_MAP)] = list(LEARNING_MAP.values())
+_TABLE = class_table(LEARNING_MAP, 1 << 8)
 
 # Folders below raw/: a path of another machine is found again by what begins with one of them.
 _TOP = ("samples", "sweeps", "lidarseg")
@@ -52,15 +51,7 @@ def map_labels(raw: NDArray, ignore_index: int = -1) -> NDArray:
         ValueError: for class ids above 31; the text names the first.
     """
     ids = np.asarray(raw, np.uint8)
-    mapped = _TABLE[ids]
-    unknown = mapped == _UNKNOWN
-    if unknown.any():
-        row = int(np.argmax(unknown))
-        raise ValueError(
-            f"class id {int(ids[row])} in row {row} is not one of nuScenes-lidarseg's 0 to 31 "
-            f"({int(unknown.sum())} such points)"
-        )
-    return np.where(mapped < 0, np.int32(ignore_index), mapped)
+    return map_classes(ids, _TABLE, "one of nuScenes-lidarseg's 0 to 31", ignore_index)
 
 
 def read_scan(path: str | os.PathLike[str]) -> NDArray:
@@ -69,15 +60,7 @@ def read_scan(path: str | os.PathLike[str]) -> NDArray:
     Raises:
         InputError: for a file that cannot be read, is cut off or holds no point.
     """
-    data = _read_bytes(path)
-    if len(data) % 20:
-        raise InputError(
-            f"{path}: {len(data)} bytes are no whole number of points of 20 bytes; "
-            "the file is cut off or no nuScenes scan, copy it again"
-        )
-    if not data:
-        raise InputError(f"{path}: the scan has no points; copy the file again")
-    return np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, 5)
+    return read_points(path, 5, "nuScenes scan")
 
 
 def read_labels(path: str | os.PathLike[str], points: int | None = None) -> NDArray:
@@ -86,20 +69,7 @@ def read_labels(path: str | os.PathLike[str], points: int | None = None) -> NDAr
     Raises:
         InputError: for a file that cannot be read, or whose length is not that of the scan.
     """
-    data = _read_bytes(path)
-    if points is not None and len(data) != points:
-        raise InputError(
-            f"{path}: {len(data)} labels for {points} points; scan and label file do not belong "
-            "together or one is cut off"
-        )
-    return np.frombuffer(data, np.uint8)
-
-
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return read_values(path, np.uint8, points)
 
 
 def read_infos(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

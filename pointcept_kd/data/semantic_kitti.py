@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,19 @@ from pointcept_kd.host import DATASETS, InputError, kd, stand_in
 from pointcept_kd.host.loader import DefaultDataset
 
 from .camera import Camera, image_size, kitti_camera, read_rgb
+from .scans import (
+    NONFINITE,
+    WarnOnce,
+    class_table,
+    finite_rows,
+    in_file,
+    map_classes,
+    numbers_of_row,
+    read_points,
+    read_rows,
+    read_values,
+    require_choice,
+)
 from .sweeps import LABELS, aggregate
 
 logger = logging.getLogger(__name__)
@@ -63,9 +76,7 @@ SPLITS = {
     "test": tuple(f"{i:02d}" for i in range(11, 22)),
 }
 
-_UNKNOWN = -2
-_TABLE = np.full(1 << 16, _UNKNOWN, np.int32)
-_TABLE[list(LEARNING_MAP)] = list(LEARNING_MAP.values())
+_TABLE = class_table(LEARNING_MAP, 1 << 16)
 
 _WHERE_FROM = (
     "get it from http://semantic-kitti.org, or make a small one: "
@@ -80,15 +91,7 @@ def map_labels(raw: NDArray, ignore_index: int = -1) -> NDArray:
         ValueError: for class ids outside the official list; the text names the first.
     """
     ids = np.asarray(raw).astype(np.uint32) & 0xFFFF
-    mapped = _TABLE[ids]
-    unknown = mapped == _UNKNOWN
-    if unknown.any():
-        row = int(np.argmax(unknown))
-        raise ValueError(
-            f"class id {int(ids[row])} in row {row} is not in SemanticKITTI's list "
-            f"({int(unknown.sum())} such points)"
-        )
-    return np.where(mapped < 0, np.int32(ignore_index), mapped)
+    return map_classes(ids, _TABLE, "in SemanticKITTI's list", ignore_index)
 
 
 def read_scan(path: str | os.PathLike[str]) -> NDArray:
@@ -97,15 +100,7 @@ def read_scan(path: str | os.PathLike[str]) -> NDArray:
     Raises:
         InputError: for a file that cannot be read, is cut off or holds no point.
     """
-    data = _read_bytes(path)
-    if len(data) % 16:
-        raise InputError(
-            f"{path}: {len(data)} bytes are no whole number of points of 16 bytes; "
-            "the file is cut off or no velodyne scan, copy it again"
-        )
-    if not data:
-        raise InputError(f"{path}: the scan has no points; copy the file again or remove the scan")
-    return np.frombuffer(data, "<f4").astype(np.float32).reshape(-1, 4)
+    return read_points(path, 4, "velodyne scan")
 
 
 def read_labels(path: str | os.PathLike[str], points: int | None = None) -> NDArray:
@@ -114,41 +109,7 @@ def read_labels(path: str | os.PathLike[str], points: int | None = None) -> NDAr
     Raises:
         InputError: for a file that cannot be read, or whose length is not that of the scan.
     """
-    data = _read_bytes(path)
-    if len(data) % 4 or (points is not None and len(data) != 4 * points):
-        expected = "4 bytes each" if points is None else f"{4 * points} for {points} points"
-        raise InputError(
-            f"{path}: {len(data)} bytes of labels, expected {expected}; "
-            "scan and label file do not belong together or one is cut off"
-        )
-    return np.frombuffer(data, "<u4").astype(np.uint32)
-
-
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _numbers(path: str | os.PathLike[str], row: int, text: str, count: int) -> NDArray:
-    try:
-        values = np.array(text.split(), np.float64)
-    except ValueError:
-        values = np.empty(0)
-    if len(values) != count or not np.isfinite(values).all():
-        raise InputError(
-            f"{path}: row {row} should hold {count} finite numbers, got {text.strip()[:60]!r}"
-        )
-    return values
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    try:
-        text = _read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a text file ({error.reason})") from error
-    return ((i, line) for i, line in enumerate(text.splitlines()) if line.strip())
+    return read_values(path, "<u4", points)
 
 
 def load_calib(path: str | os.PathLike[str]) -> dict[str, NDArray]:
@@ -158,9 +119,9 @@ def load_calib(path: str | os.PathLike[str]) -> dict[str, NDArray]:
         InputError: for a file that cannot be read or a row without 12 numbers.
     """
     table = {}
-    for row, line in _lines(path):
+    for row, line in read_rows(path):
         name, _, rest = line.partition(":")
-        matrix = _numbers(path, row, rest, 12).reshape(3, 4)
+        matrix = numbers_of_row(path, row, rest, 12).reshape(3, 4)
         name = name.strip()
         table[name] = np.vstack([matrix, [0, 0, 0, 1]]) if name.startswith("Tr") else matrix
     return table
@@ -180,7 +141,7 @@ def load_poses(sequence_dir: str | os.PathLike[str]) -> NDArray:
             "SemanticKITTI download, not the one of the KITTI images"
         )
     path = folder / "poses.txt"
-    rows = [_numbers(path, row, line, 12) for row, line in _lines(path)]
+    rows = [numbers_of_row(path, row, line, 12) for row, line in read_rows(path)]
     if not rows:
         raise InputError(f"{path}: no poses; copy the file again")
     camera = np.zeros((len(rows), 4, 4))
@@ -236,7 +197,7 @@ class SemanticKITTIDataset(DefaultDataset):
         transform: Sequence[Mapping[str, Any]] | None = None,
         test_mode: bool = False,
         test_cfg: Mapping[str, Any] | None = None,
-        cache: bool = False,
+        cache: bool | str = False,
         ignore_index: int = -1,
         loop: int = 1,
         sequences: Sequence[str | int] | None = None,
@@ -246,14 +207,12 @@ class SemanticKITTIDataset(DefaultDataset):
         sweeps: int = 1,
         sweep_labels: str = "all",
     ) -> None:
-        if nonfinite not in ("error", "drop"):
-            raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
+        require_choice("nonfinite", nonfinite, NONFINITE)
         if not 0 <= label_fraction <= 1:
             raise InputError(f"label_fraction={label_fraction}: expected a number from 0 to 1")
         if isinstance(sweeps, bool) or not isinstance(sweeps, int) or sweeps < 1:
             raise InputError(f"sweeps={sweeps!r}: expected a whole number of scans, 1 or more")
-        if sweep_labels not in LABELS:
-            raise InputError(f"sweep_labels={sweep_labels!r}: use 'all' or 'reference'")
+        require_choice("sweep_labels", sweep_labels, LABELS)
         self.sequences = sequences
         self.label_fraction = label_fraction
         self.unlabelled = {_sequence(entry, "unlabelled", "a number") for entry in unlabelled}
@@ -261,7 +220,7 @@ class SemanticKITTIDataset(DefaultDataset):
         self.sweeps = sweeps
         self.sweep_labels = sweep_labels
         self._poses: dict[str, NDArray] = {}
-        self._told_missing = False
+        self._warn_missing = WarnOnce(logger)
         root = Path(data_root) / "dataset" / "sequences"
         if not root.is_dir():
             raise InputError(
@@ -334,22 +293,11 @@ class SemanticKITTIDataset(DefaultDataset):
     def _read(self, path: Path) -> dict[str, Any]:
         scan = read_scan(path)
         segment = self._segment(path, len(scan))
-        finite = np.isfinite(scan).all(1)
-        if not finite.all():
-            bad = int((~finite).sum())
-            if self.nonfinite == "error":
-                row = int(np.argmin(finite))
-                raise InputError(
-                    f"{path}: row {row} is not finite {scan[row].tolist()}, {bad} of {len(scan)} "
-                    "points; repair the file or set nonfinite='drop'"
-                )
-            scan, segment = scan[finite], segment[finite]
-            if not len(scan):
-                raise InputError(f"{path}: all {bad} points are not finite; remove the scan")
+        kept = finite_rows(path, scan, drop=self.nonfinite == "drop")
         return {
-            "coord": np.ascontiguousarray(scan[:, :3]),
-            "strength": np.ascontiguousarray(scan[:, 3:]),
-            "segment": segment,
+            "coord": np.ascontiguousarray(scan[kept, :3]),
+            "strength": np.ascontiguousarray(scan[kept, 3:]),
+            "segment": segment[kept],
             "name": _name(path),
         }
 
@@ -358,19 +306,12 @@ class SemanticKITTIDataset(DefaultDataset):
         if path.parent.parent.name in self.unlabelled:
             return np.full(points, self.ignore_index, np.int32)
         if not path.is_file():
-            if path.parent.parent.name not in SPLITS["test"] and not self._told_missing:
-                self._told_missing = True
-                logger.warning("%s is missing: its points, and those of others like it, "
-                               "are ignored", path)  # fmt: skip
+            if path.parent.parent.name not in SPLITS["test"]:
+                text = "%s is missing: its points, and those of others like it, are ignored"
+                self._warn_missing(text, path)
             return np.full(points, self.ignore_index, np.int32)
-        try:
+        with in_file(path):
             segment = map_labels(read_labels(path, points), self.ignore_index)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(
-                f"{path}: {error}; the file is damaged or of another data set"
-            ) from error
         if self.label_fraction < 1:
             # Seeded by the scan's name: which points are labelled is a fact of the data, not of a run.
             name = np.frombuffer(_name(scan_path).encode(), np.uint8)

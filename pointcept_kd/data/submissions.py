@@ -163,7 +163,7 @@ def rows_of_file(
     Raises:
         InputError: for another number of predictions.
     """
-    finite = np.isfinite(scan[:, :4]).all(1) if dropped else np.ones(len(scan), bool)
+    finite = np.isfinite(scan).all(1) if dropped else np.ones(len(scan), bool)
     points = int(finite.sum())
     own = pred[:points] if merged else pred
     if len(own) != points:

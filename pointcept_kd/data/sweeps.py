@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pointcept_kd.host import InputError
 
+from .scans import require_choice
 from .transforms import INDEX_VALID_KEYS
 
 LABELS = ("all", "reference")
@@ -57,8 +58,7 @@ def aggregate(
         InputError: for poses that cannot be used, arrays that one scan has and another lacks, or arrays of different
             width.
     """
-    if labels not in LABELS:
-        raise InputError(f"labels={labels!r}: use 'all' or 'reference'")
+    require_choice("labels", labels, LABELS)
     if len(scans) != len(poses) or not 0 <= reference < len(scans):
         raise InputError(
             f"{len(scans)} scans, {len(poses)} poses and reference {reference}; expected one pose for each scan and a "

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pointcept_kd.host import DATASETS, InputError, kd, stand_in
 from pointcept_kd.host.loader import DefaultDataset
 
+from .scans import NONFINITE, WarnOnce, finite_rows, nonfinite_problems, require_choice
 from .sweeps import aggregate
 
 logger = logging.getLogger(__name__)
@@ -173,20 +174,19 @@ class WaymoDataset(DefaultDataset):
         transform: Sequence[Mapping[str, Any]] | None = None,
         test_mode: bool = False,
         test_cfg: Mapping[str, Any] | None = None,
-        cache: bool = False,
+        cache: bool | str = False,
         ignore_index: int = -1,
         loop: int = 1,
         labelled_only: bool = False,
         nonfinite: str = "error",
     ) -> None:
         self.timestamp = _steps(timestamp)
-        if nonfinite not in ("error", "drop"):
-            raise InputError(f"nonfinite={nonfinite!r}: use 'error' or 'drop'")
+        require_choice("nonfinite", nonfinite, NONFINITE)
         self.reference_label = reference_label
         self.timing_embedding = timing_embedding
         self.labelled_only = labelled_only
         self.nonfinite = nonfinite
-        self._told_missing = False
+        self._warn_missing = WarnOnce(logger)
         if not Path(data_root).is_dir():
             raise InputError(f"data_root {data_root} is no folder; {_WHERE_FROM}")
         super().__init__(
@@ -250,19 +250,10 @@ class WaymoDataset(DefaultDataset):
     def _read(self, folder: Path, step: int) -> dict[str, Any]:
         coord = read_coord(folder)
         strength, segment = read_strength(folder, len(coord)), self._segment(folder, len(coord))
-        finite = np.isfinite(coord).all(1) & np.isfinite(strength).all(1)
-        if not finite.all():
-            bad = int((~finite).sum())
-            if self.nonfinite == "error":
-                row = int(np.argmin(finite))
-                value = [*coord[row].tolist(), *strength[row].tolist()]
-                raise InputError(
-                    f"{folder}: row {row} of coord and strength is not finite {value}, {bad} of {len(coord)} "
-                    "points; prepare the frame again or set nonfinite='drop'"
-                )
-            coord, strength, segment = coord[finite], strength[finite], segment[finite]
-            if not len(coord):
-                raise InputError(f"{folder}: all {bad} points are not finite; remove the frame")
+        remedy = "prepare its coord.npy and strength.npy again or set nonfinite='drop'"
+        values = np.hstack([coord, strength])
+        kept = finite_rows(folder, values, drop=self.nonfinite == "drop", remedy=remedy)
+        coord, strength, segment = coord[kept], strength[kept], segment[kept]
         if self.timing_embedding:
             strength = np.hstack([strength, np.full_like(strength, step)])
         data = {"coord": coord, "strength": strength, "segment": segment, "name": _name(folder)}
@@ -277,10 +268,9 @@ class WaymoDataset(DefaultDataset):
             segment = read_segment(folder, points)
             segment[segment < 0] = self.ignore_index
             return segment
-        if folder.parent.parent.name != "testing" and not self._told_missing:
-            self._told_missing = True
-            logger.warning("%s is missing: the points of this frame, and those of others like it, are ignored; "
-                           "labelled_only=True takes frames with labels only", path)  # fmt: skip
+        if folder.parent.parent.name != "testing":
+            text = "%s is missing: the points of this frame, and those of others like it, are ignored; %s"
+            self._warn_missing(text, path, "labelled_only=True takes frames with labels only")
         return np.full(points, self.ignore_index, np.int32)
 
 
@@ -330,9 +320,9 @@ def _frame_problems(frame: Path) -> list[str]:
         coord = read_coord(frame)
     except InputError as error:
         return [str(error)]
-    lines = _nonfinite(frame / "coord.npy", coord)
+    lines = nonfinite_problems(frame / "coord.npy", coord)
     try:
-        lines += _nonfinite(frame / "strength.npy", read_strength(frame, len(coord)))
+        lines += nonfinite_problems(frame / "strength.npy", read_strength(frame, len(coord)))
     except InputError as error:
         lines.append(str(error))
     try:
@@ -346,11 +336,3 @@ def _frame_problems(frame: Path) -> list[str]:
     except InputError as error:
         lines.append(str(error))
     return lines
-
-
-def _nonfinite(path: Path, array: NDArray) -> list[str]:
-    bad = ~np.isfinite(array).all(1)
-    if not bad.any():
-        return []
-    row = int(np.argmax(bad))
-    return [f"{path}: {int(bad.sum())} points are not finite, the first in row {row}"]

@@ -253,9 +253,10 @@ class SemSegTester:
                 submission.add(scan.dataset, scan.name, rows)
                 if self.verbose:
                     spent, start = time.perf_counter() - start, time.perf_counter()
+                    scores = summary(matrices[scan.stem])
                     self.logger.info(
                         f"Test: {scan.name} [{len(matrices)}] {len(rows)} points {spent:.2f} s, "
-                        f"accuracy {summary(matrices[scan.stem]).all_acc:.4f}"
+                        + (f"accuracy {scores.all_acc:.4f}" if scores.points else "no labels")
                     )
         finally:
             kept.flush()

@@ -305,7 +305,10 @@ def label_of(root, idx=0):
         ),
         (lambda r: scan_of(r).write_bytes(b""), "has no points"),
         (lambda r: scan_of(r).unlink(), "cannot be read"),
-        (lambda r: label_of(r).write_bytes(b"\x01\x02"), r"2 labels for \d+ points"),
+        (
+            lambda r: label_of(r).write_bytes(b"\x01\x02"),
+            r"2 bytes of labels, expected (\d+) for \1 points",
+        ),
         (
             lambda r: label_of(r).write_bytes(b"\x63" * (scan_of(r).stat().st_size // 20)),
             "class id 99 in row 0",

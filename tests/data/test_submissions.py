@@ -311,8 +311,9 @@ def test_the_nuscenes_reader(tmp_path):
         reader.finish_submission(tmp_path / "s")
     path = tmp_path / "raw" / "samples" / "LIDAR_TOP" / "a1.pcd.bin"
     change(path, "<f4", 5 * 2, np.inf)  # point 2
+    change(path, "<f4", 5 * 7 + 4, np.nan)  # the ring of point 7
     reader = NuScenesDataset(split="test", data_root=tmp_path, nonfinite="drop")
-    reader.write_submission("a1", np.array([4] * 20 + [9] * 9), tmp_path / "s")
+    reader.write_submission("a1", np.array([4] * 19 + [9] * 9), tmp_path / "s")
     written = (tmp_path / "s" / "lidarseg" / "test" / "a1_lidarseg.bin").read_bytes()
     assert written == bytes([5] * 21 + [10] * 9)
 

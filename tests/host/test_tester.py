@@ -640,18 +640,23 @@ def test_two_processes_score_as_one(tmp_path):
 # ---------------------------------------------------------------------------------------- labels
 
 
-def test_a_split_without_labels_is_predicted_not_scored(tmp_path):
+def test_a_split_without_labels_is_predicted_not_scored(tmp_path, caplog):
     class Unlabelled(tiny.TinyScans):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
             return {**sample, "segment": torch.full_like(sample["segment"], -1)}
 
     kd.DATASETS.register_module("Unlabelled", force=True, module=Unlabelled)
-    metrics = SemSegTester(
-        config(tmp_path, test=dict(type="kd.Unlabelled", count=1)), model=tiny.TinyNet()
-    ).test()
-    assert metrics["points"] == 0
-    assert (tmp_path / "result" / "scan_00_pred.npy").is_file()
+    for kind, labelled in (("Unlabelled", False), ("TinyScans", True)):
+        cfg = config(tmp_path, test=dict(type=f"kd.{kind}", count=1))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            metrics = SemSegTester(cfg, model=tiny.TinyNet(), verbose=True).test()
+        told = [r.getMessage() for r in caplog.records if "Test: " in r.getMessage()]
+        end = f"s, accuracy {metrics['allAcc']:.4f}" if labelled else "s, no labels"
+        assert [line.endswith(end) for line in told] == [True]
+        assert (metrics["points"] > 0) is labelled
+        assert (tmp_path / "result" / "scan_00_pred.npy").is_file()
 
 
 # --------------------------------------------------------------------------------------- weights
