@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from pointcept_kd.data import synthetic
+from pointcept_kd.data import synthetic, workers
 from pointcept_kd.data.semantic_kitti import COLORS
 from pointcept_kd.host import DATASETS, InputError
 from pointcept_kd.host.dialect import parse_options
@@ -397,7 +397,7 @@ def circumstances(
     return [
         ("Date", made["date"]),
         ("Commit", ", ".join(commits)),
-        ("Processor", f"{made['cpu']}, {synthetic.usable_cores()} cores"),
+        ("Processor", f"{made['cpu']}, {workers.usable_cores()} cores"),
         *([("GPU", made["gpu"])] if made["gpu"] else []),
         ("Device", str(device)),
         (

@@ -346,7 +346,7 @@ def add_waymo(commands: argparse._SubParsersAction) -> None:
 def waymo(args: argparse.Namespace) -> int:
     """Convert segments; say how many frames, how fast, and which files are damaged."""
     from pointcept_kd.data import waymo_convert
-    from pointcept_kd.data.synthetic import usable_cores
+    from pointcept_kd.data.workers import usable_cores
 
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers: {args.workers}; use 1 or more")

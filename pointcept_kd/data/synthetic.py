@@ -9,12 +9,9 @@ processes changes nothing, and an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +31,7 @@ from .streets.lidar import (
     sense,
 )
 from .streets.street import Soup, Street
+from .workers import run
 
 GENERATOR = 1  # raised whenever the same parameters give other files
 MAST = 1.73  # metres from the road to the sensor
@@ -368,32 +366,6 @@ def simulate(
             bar.update(done)
     seconds = time.perf_counter() - begin
     return Report(written, kept, points, seconds, class_shares(out / "dataset" / "sequences"))
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def run(
-    work: Callable[[tuple], tuple[int, int]], jobs: list[tuple], workers: int | None
-) -> Iterator[tuple[int, int]]:
-    """Results of jobs, in processes of their own where that is worth it; None: one per core."""
-    workers = min(workers or usable_cores(), max(len(jobs), 1))
-    if workers < 2:
-        yield from map(work, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the whole process group; the parent alone should answer it.
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    pool = ProcessPoolExecutor(workers, mp_context=context, **quiet)
-    try:
-        for future in as_completed([pool.submit(work, job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def class_shares(sequences: Path) -> dict[int, float]:

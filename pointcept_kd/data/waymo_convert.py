@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ from tqdm import tqdm
 from pointcept_kd.host import InputError
 
 from .waymo_records import Frame, Laser, read_frames
+from .workers import run
 
 SPLITS = ("training", "validation", "testing")
 CLASSES = 22
@@ -364,7 +362,7 @@ def convert(
     except OSError as error:
         raise InputError(f"--out: cannot create {target} ({error.strerror})") from error
     with tqdm(total=len(jobs), unit="file", desc="waymo", disable=not progress) as bar:
-        for part in _run(jobs, min(workers, max(len(jobs), 1))):
+        for part in run(_work, jobs, workers):
             for name in ("written", "kept", "points", "files"):
                 setattr(total, name, getattr(total, name) + getattr(part, name))
             total.problems += part.problems
@@ -375,18 +373,3 @@ def convert(
             bar.update()
     total.seconds = time.perf_counter() - begin
     return total
-
-
-def _run(jobs: list[tuple[Path, Path, Plan]], workers: int) -> Iterable[Report]:
-    if workers < 2:
-        yield from map(_work, jobs)
-        return
-    context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the whole process group; the parent alone should answer it.
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    pool = ProcessPoolExecutor(workers, mp_context=context, **quiet)
-    try:
-        for future in as_completed([pool.submit(_work, job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -37,11 +37,11 @@ from ..synthetic import (
     read_card,
     refuse_change,
     replace_with,
-    run,
     simulator_of,
     write_calibration,
     write_card,
 )
+from ..workers import run
 from .render import Renderer, View
 from .weak_masks import Errors, weak_mask
 

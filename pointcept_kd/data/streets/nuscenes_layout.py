@@ -33,7 +33,8 @@ from pointcept_kd.host import InputError
 
 from ..pictures import write_png
 from ..superpixels import superpixels
-from ..synthetic import UNSEEN, Plan, claim_folder, replace_with, run
+from ..synthetic import UNSEEN, Plan, claim_folder, replace_with
+from ..workers import run
 from .ground import LANE, OTHER, PARKING, ROAD, SIDEWALK
 from .lidar import DIFFICULTIES, embree
 from .rig import (
