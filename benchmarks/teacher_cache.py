@@ -47,9 +47,9 @@ def trainer_for(kind: str, size: str, data: Path, work: Path) -> tuple[object, f
             "seed": 0,
             "epoch": 1000,
             "eval_epoch": 1000,
-            "data.train.sequences": ["00"],
         }
     )
+    cfg.data.train.sequences = ["00"]
     cfg.hooks = [dict(type="kd.ModelHook")]
     if kind == "no teacher":
         cfg.model = dict(cfg.model.student.model)

@@ -79,6 +79,8 @@ def test_the_teacher_is_the_one_its_config_trains(path):
             "kd/ptv3_to_student_samples.py",
             "semantic_kitti/semseg-pt-v3m1-1-student_samples.py",
         ),
+        ("kd/ptv3_to_student_own_data.py", "own_data/semseg-pt-v3m1-1-student.py"),
+        ("kd/ptv3_to_student_nuscenes.py", "nuscenes/semseg-pt-v3m1-1-student.py"),
     ],
 )
 def test_the_student_alone_has_the_same_recipe(distilled, alone):
@@ -102,11 +104,38 @@ def test_the_semantic_kitti_child_differs_by_its_data():
     assert head == child
 
 
+def test_the_nuscenes_sibling_differs_by_its_data():
+    head, other = (plain(dict(read(f"kd/ptv3_to_student{tail}.py"))) for tail in ("", "_nuscenes"))
+    for cfg, classes in ((head, 19), (other, 16)):
+        for key in ("teacher_model", "student_model", "save_path"):
+            cfg.pop(key, None)
+        for split in ("train", "val", "test"):
+            for key in ("type", "data_root", "sweeps"):
+                cfg["data"][split].pop(key, None)
+        assert cfg["data"].pop("num_classes") == len(cfg["data"].pop("names")) == classes
+        for part in ("student", "teacher"):
+            assert cfg["model"][part]["model"].pop("num_classes") == classes
+        for key in ("weight", "config"):
+            cfg["model"]["teacher"].pop(key)
+    assert head == other
+
+
+def test_own_data_is_said_in_one_place():
+    cfg = read("kd/ptv3_to_student_own_data.py")
+    nets = cfg.model.student.model, cfg.model.teacher.model
+    assert {net.num_classes for net in nets} == {cfg.data.num_classes} == {len(cfg.data.names)}
+    assert cfg.data.train.data_root == cfg.data.val.data_root == cfg.data.test.data_root
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
         ("semantic_kitti/semseg-pt-v3m1-0-base.py", 46_159_507),
         ("semantic_kitti/semseg-pt-v3m1-1-student.py", 2_777_539),
+        ("nuscenes/semseg-pt-v3m1-0-base.py", 46_159_312),
+        ("nuscenes/semseg-pt-v3m1-1-student.py", 2_777_344),
+        ("waymo/semseg-pt-v3m1-0-base.py", 46_159_702),
+        ("waymo/semseg-pt-v3m1-1-student.py", 2_777_734),
     ],
 )
 def test_published_sizes(name, parameters):

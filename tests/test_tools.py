@@ -153,7 +153,7 @@ def test_bad_files(tmp_path):
         "train", "--config-file", write_config(tmp_path / "c.py"), "--num-machines", "2"
     )
     assert code == 2
-    assert "torchrun" in error_line(printed)
+    assert "--dist-url" in error_line(printed)
     blocked = write_config(tmp_path / "d.py", save_path=str(tmp_path / "c.py" / "exp"))
     code, printed = tool("train", "--config-file", blocked)
     assert code == 2

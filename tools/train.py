@@ -3,6 +3,7 @@
     python tools/train.py --config-file configs/kd/ptv3_to_student.py --options epoch=10 eval_epoch=10
     python tools/train.py --config-file configs/kd/ptv3_to_student.py --resume
     python tools/train.py --config-file configs/semantic_kitti/semseg-pt-v3m1-1-student.py --data-root path/to/kitti
+    python tools/train.py --config-file configs/kd/ptv3_to_student.py --num-gpus 2
     torchrun --nproc-per-node 2 tools/train.py --config-file configs/kd/ptv3_to_student.py
 
 A teacher with `train_if_missing=True` is trained first, from its own config, where its weight does not exist.
@@ -23,7 +24,7 @@ from pointcept_kd.host import TRAINERS, InputError
 from pointcept_kd.host.config import Config, build_parser
 from pointcept_kd.host.dialect import run_custom_imports
 from pointcept_kd.host.log import get_root_logger
-from pointcept_kd.host.runtime import complete, launch, read_config, run_tool
+from pointcept_kd.host.runtime import complete, launch, placement, read_config, run_tool
 
 
 def run_trainer(cfg: Config) -> None:
@@ -56,7 +57,10 @@ def teachers_of(model: Any) -> dict[str, Mapping[str, Any]]:
 
 
 def provide_teachers(
-    cfg: Config, num_gpus: int, above: tuple[Path, ...] = (), data_root: str | None = None
+    cfg: Config,
+    place: Mapping[str, Any],
+    above: tuple[Path, ...] = (),
+    data_root: str | None = None,
 ) -> None:
     """Train every missing teacher that asks for it, on the same data.
 
@@ -82,7 +86,7 @@ def provide_teachers(
         if (Path(teacher["save_path"]) / "model" / "model_last.pth").is_file():
             continue_run(teacher)  # a teacher that was killed goes on
         get_root_logger().info(f"{missing}: training it first, from {source}")
-        train(teacher, num_gpus, (*above, path), data_root)
+        train(teacher, place, (*above, path), data_root)
         if not Path(weight).is_file():
             raise InputError(
                 f"{source} is trained, but {weight} still does not exist: it saves below {teacher['save_path']}; "
@@ -91,12 +95,15 @@ def provide_teachers(
 
 
 def train(
-    cfg: Config, num_gpus: int = 1, above: tuple[Path, ...] = (), data_root: str | None = None
+    cfg: Config,
+    place: Mapping[str, Any],
+    above: tuple[Path, ...] = (),
+    data_root: str | None = None,
 ) -> None:
-    """Train the missing teachers, then the config's own model."""
+    """Train the missing teachers, then the config's own model; `place` is where, see `launch`."""
     complete(cfg)
-    provide_teachers(cfg, num_gpus, above, data_root)
-    launch(run_trainer, num_gpus, cfg)
+    provide_teachers(cfg, place, above, data_root)
+    launch(run_trainer, cfg=cfg, **place)
 
 
 def main() -> None:
@@ -111,14 +118,10 @@ def main() -> None:
         help="folder of the data set, for all splits and for teachers that are trained first",
     )
     args = parser.parse_args()
-    if args.num_machines != 1:
-        raise InputError(
-            "several machines are started by torchrun: torchrun --nnodes N --nproc-per-node M tools/train.py ..."
-        )
     cfg = read_config(args.config_file, args.options, args.data_root)
     if args.resume:
         continue_run(cfg)
-    train(cfg, args.num_gpus, (Path(cfg.filename).resolve(),), args.data_root)
+    train(cfg, placement(args), (Path(cfg.filename).resolve(),), args.data_root)
 
 
 if __name__ == "__main__":

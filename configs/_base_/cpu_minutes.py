@@ -5,6 +5,7 @@ _base_ = ["runtime.py"]
 batch_size = 2
 batch_size_val = 4
 mix_prob = 0
+sync_bn = True  # two processes take the same steps as one
 epoch = 12
 eval_epoch = 6
 optimizer = dict(type="AdamW", lr=0.004, weight_decay=0.01)

@@ -8,9 +8,11 @@ own random state alone.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .errors import InputError
+from .joint import seed_joint
 from .loader import collate_fn
+from .processes import die_with
 
 # Keep the streams of different purposes apart.
 _ORDER, _SAMPLE, _BATCH, PROCESS = range(4)
@@ -52,7 +56,12 @@ def random_state(*parts: int) -> Iterator[None]:
 
 
 def seed_process(seed: int, epoch: int, rank: int) -> None:
-    """Seed every generator of this process, CUDA's included, for one epoch (0: building the model)."""
+    """Seed every generator of this process, CUDA's included, for one epoch (0: building the model).
+
+    Draws that concern a whole batch get the stream of rank 0 in every process: what a single process draws from.
+    """
+    first_words = seed_words(PROCESS, seed, epoch, 0)
+    seed_joint(first_words[6] << 32 | first_words[7])
     words = seed_words(PROCESS, seed, epoch, rank)
     _seed_cpu(words)
     if torch.cuda.is_available():
@@ -180,6 +189,7 @@ def build_loader(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=partial(die_with, os.getpid()),
         # Its own generator: the loader draws from it at every start, which would shift the global stream.
         generator=torch.Generator(),
     )

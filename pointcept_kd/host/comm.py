@@ -13,6 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# How gloo, which raises plain RuntimeErrors, speaks of the other end; not every message names its source file.
+_GLOO_PHRASES = (
+    "gloo/transport", "pair closure", "Connection closed by peer", "Connection reset by peer", "Socket closed",
+)  # fmt: skip
+
 # The gloo side group of an NCCL run, with the default group that it was made for.
 _side_group: tuple[Any, Any] = (None, None)
 
@@ -48,6 +53,21 @@ def synchronize() -> None:
             dist.barrier(device_ids=[torch.cuda.current_device()])
         else:
             dist.barrier()
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone or silent."""
+    if not isinstance(error, RuntimeError):
+        return False
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(phrase in text for phrase in _GLOO_PHRASES)
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give all processes the first one's buffers, such as running statistics, before they evaluate one model."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def _object_group() -> Any:

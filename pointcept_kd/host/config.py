@@ -24,6 +24,7 @@ from .dialect import (
     parse_options,
     read_file,
     run_custom_imports,
+    shipped_root,
 )
 from .errors import InputError
 from .pretty import print_source
@@ -75,11 +76,17 @@ RUNTIME_DEFAULTS: dict[str, Any] = {
     "test": {"type": "SemSegTester", "verbose": True},
     "device": None,  # None: CUDA if there is one, else the CPU
     "deterministic": True,
+    "global_loss": True,  # means of losses over the points of all processes; False: each process its own, as Pointcept
+    "dist_timeout": 60,  # minutes that a message between processes may take
     "log_interval": 10,
 }
 
 # Keys that an option may set although most configs leave them out.
-OPTIONAL_KEYS = ("test.mode", "custom_imports", "data.val", "data.test")
+OPTIONAL_KEYS = (
+    "test.mode", "test.tta", "test.reuse", "test.save_predictions", "test.save_probabilities",
+    "test.save_submission", "test.verbose", "custom_imports", "data.val", "data.test",
+    "data.train.cache", "data.val.cache", "data.test.cache",
+)  # fmt: skip
 
 
 class Config:
@@ -316,7 +323,7 @@ def build_parser(
 def find_config(name: str | Path) -> Path:
     """The config file that a `--config-file` means.
 
-    The name itself; else in the `configs` folder of the working folder or of the checkout; each
+    The name itself; else in the `configs` folder of the working folder or of the package; each
     also with its first dash read as a path separator (`kd-street` for `kd/street.py`) and with
     `.py` added.
 
@@ -329,7 +336,7 @@ def find_config(name: str | Path) -> Path:
         )
     given = Path(name).expanduser()
     split = Path(str(given).replace("-", os.sep, 1))
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = shipped_root()
     places = [Path(), Path("configs"), checkout, checkout / "configs"]
     for place in places:
         for spelling in (given, split):

@@ -3,7 +3,8 @@
 Every loss takes `pred` and `target` and gives `loss_weight * loss`. Logits are (n, k) for points or
 (b, k, ...) for dense grids, labels (n,) or (b, ...). Where every label is ignored a loss is 0 with a
 zero gradient, never NaN. All of them compute in float32 or float64, also under autocast. Class weights
-are buffers that stay out of the state dict, so that checkpoint keys are Pointcept's.
+are buffers that stay out of the state dict, so that checkpoint keys are Pointcept's. Means are over the
+points of all processes where the batches of several count as one (see `joint`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from . import LOSSES, kd, stand_in
 from .errors import InputError
+from .joint import is_joint, joint_batch, joint_mean, joint_presence, joint_rows, joint_sum
 
 
 class Loss(nn.Module):
@@ -51,7 +53,9 @@ class Loss(nn.Module):
         if self.reduction == "none":
             return losses
         total = losses.sum()
-        return total / max(losses.numel(), 1) if self.reduction == "mean" else total
+        if self.reduction == "sum":
+            return total
+        return joint_mean(total / max(losses.numel(), 1), losses.numel())
 
 
 def _rows(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,7 @@ class CrossEntropyLoss(Loss):
         else:
             share = weight[target.where(labelled, 0)].where(labelled, 0).sum()
         # Without labels the sum is 0 already, so any divisor gives the connected zero.
-        return losses / share.where(share > 0, 1)
+        return joint_mean(losses / share.where(share > 0, 1), share)
 
 
 @stand_in(LOSSES, kd.LOSSES, "SmoothCELoss")
@@ -264,12 +268,12 @@ class DiceLoss(Loss):
 
     def compute(self, pred: Tensor, target: Tensor) -> Tensor:
         pred, target = _labelled(pred, target, self.ignore_index)
-        if len(target) == 0:
+        if len(target) == 0 and not is_joint():
             return pred.sum()
         p = pred.softmax(1)
         hot = F.one_hot(target, pred.shape[1]).to(pred.dtype)
-        overlap = 2 * (p * hot).sum(0) + self.smooth
-        size = (p**self.exponent + hot).sum(0) + self.smooth
+        overlap = 2 * joint_sum((p * hot).sum(0)) + self.smooth
+        size = joint_sum((p**self.exponent + hot).sum(0)) + self.smooth
         cost = 1 - overlap / size
         if 0 <= self.ignore_index < len(cost):
             cost = torch.cat([cost[: self.ignore_index], cost[self.ignore_index + 1 :]])
@@ -319,13 +323,14 @@ class LovaszLoss(Loss):
                 "LovaszLoss: per_image needs logits (b, k, ...); points have no images"
             )
         if len(pred) == 0:
-            return pred.sum()
-        losses = [one(pred[i : i + 1], target[i : i + 1]) for i in range(len(pred))]
-        return torch.stack(losses).mean()
+            return joint_mean(pred.sum(), 0)
+        with joint_batch(False):
+            losses = [one(pred[i : i + 1], target[i : i + 1]) for i in range(len(pred))]
+        return joint_mean(torch.stack(losses).mean(), len(losses))
 
     def _softmax(self, pred: Tensor, target: Tensor) -> Tensor:
         pred, target = _labelled(pred, target, self.ignore_index)
-        present = target.unique()
+        present = _present(target, pred.shape[1])
         if self.class_seen is not None:
             present = present[torch.isin(present, present.new_tensor(self.class_seen))]
         if len(present) == 0:
@@ -333,7 +338,7 @@ class LovaszLoss(Loss):
         p = pred.softmax(1).t()[present]
         hot = target == present[:, None]
         errors = torch.where(hot, 1 - p, p)
-        return (errors * jaccard_steps(errors, hot)).sum(1).mean()
+        return joint_sum((errors * joint_rows(jaccard_steps, errors, hot)).sum(1)).mean()
 
     def _hinge(self, pred: Tensor, target: Tensor) -> Tensor:
         if pred.numel() != target.numel():
@@ -345,11 +350,21 @@ class LovaszLoss(Loss):
         if self.ignore_index is not None:
             keep = target != self.ignore_index
             pred, target = pred[keep], target[keep]
-        if len(pred) == 0:
+        if len(pred) == 0 and not is_joint():
             return pred.sum()
         hot = target > 0
         margins = 1 - torch.where(hot, pred, -pred)
-        return (margins.relu() * jaccard_steps(margins[None], hot[None])[0]).sum()
+        steps = joint_rows(jaccard_steps, margins[None], hot[None])[0]
+        return joint_sum((margins.relu() * steps).sum())
+
+
+def _present(target: Tensor, classes: int) -> Tensor:
+    """The classes among the labels, ascending."""
+    if not is_joint():
+        return target.unique()
+    flags = torch.zeros(classes, dtype=torch.bool, device=target.device)
+    flags[target] = True
+    return joint_presence(flags).nonzero()[:, 0]
 
 
 @torch.no_grad()

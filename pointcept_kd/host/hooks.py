@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -314,12 +315,31 @@ def compare(
     return pred[batch["inverse"]], batch["origin_segment"], "at raw points through inverse"
 
 
+def scan_losses(
+    model: torch.nn.Module, outputs: Mapping[str, torch.Tensor], batch: Mapping[str, Any]
+) -> list[float]:
+    """The loss of every scan of a batch, so that their mean does not depend on how scans were put into batches.
+
+    Takes the model's (of a distiller, the student's) `criteria` for that; without such, every scan gets the batch's
+    loss.
+    """
+    if "loss" not in outputs:
+        return []
+    ends = batch["offset"].tolist()
+    criteria = getattr(getattr(model, "student", model), "criteria", None)
+    logits, segment = outputs["seg_logits"], batch["segment"]
+    if len(ends) == 1 or criteria is None or not len(logits) == len(segment) == ends[-1]:
+        return [float(outputs["loss"])] * len(ends)
+    bounds = pairwise([0, *ends])
+    return [float(criteria(logits[a:b], segment[a:b])) for a, b in bounds]
+
+
 @stand_in(HOOKS, kd.HOOKS, "SemSegEvaluator")
 class SemSegEvaluator(HookBase):
-    """Mean IoU on the validation set after every epoch, for any batch size.
+    """Mean IoU on the validation set after every epoch, for any batch size and number of processes.
 
     Leaves the mean over all classes (absent = 0, the host's number) as the metric for the saver, and logs the mean over
-    present classes beside it.
+    present classes beside it. The loss is the mean over scans.
 
     Args:
         write_cls_iou: also write one scalar per class.
@@ -340,19 +360,22 @@ class SemSegEvaluator(HookBase):
         classes, ignore = data["num_classes"], data.get("ignore_index", -1)
         names = class_names(data)
         model = unwrap(trainer.model)  # no wrapper: processes may have different numbers of batches
+        comm.share_buffers(model)
         model.eval()
         trainer.logger.info(">>>>>>>>>>>>>>>> Start Evaluation >>>>>>>>>>>>>>>>")
         total = torch.zeros(classes, classes, dtype=torch.int64)
-        loss, batches, compared = 0.0, 0, ""
+        losses: list[float] = []
+        compared = ""
         for batch in progress(loader, len(loader), "Evaluation"):
             batch = to_device(batch, trainer.device)
             outputs = model(batch)
             pred, target, compared = compare(outputs["seg_logits"], batch)
             total += confusion(pred, target, classes, ignore).cpu()
-            loss, batches = loss + float(outputs.get("loss", 0.0)), batches + 1
-        gathered = comm.all_gather((total, loss, batches))
+            losses += scan_losses(model, outputs, batch)
+        gathered = comm.all_gather((total, losses))
         total = torch.stack([part[0] for part in gathered]).sum(0)
-        loss = sum(part[1] for part in gathered) / max(1, sum(part[2] for part in gathered))
+        losses = [loss for part in gathered for loss in part[1]]
+        loss = math.fsum(losses) / max(1, len(losses))  # exact, so no order of adding shows
         scores = summary(total)
         trainer.logger.info(
             f"Val result: mIoU/mAcc/allAcc {scores.headline} ({scores.protocol(compared)}); loss {loss:.4f}"
@@ -464,6 +487,7 @@ class PreciseEvaluator(HookBase):
             trainer.logger.info(f"Testing {best} of epoch {checkpoint.get('epoch')}")
         elif not self.test_last:
             trainer.logger.info(f"There is no {best}: testing the model of the last epoch")
+        comm.share_buffers(unwrap(trainer.model))
         settings = {"type": "SemSegTester", **trainer.cfg.get("test", {})}
         TESTERS.build({**settings, "cfg": trainer.cfg, "model": unwrap(trainer.model)}).test()
 

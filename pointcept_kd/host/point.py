@@ -19,6 +19,7 @@ from pointcept_kd.ops.curves import encode
 from pointcept_kd.ops.sparse import SparseConvTensor, SparseModule
 
 from .errors import InputError
+from .joint import joint_generator, joint_max
 
 
 def offset2bincount(offset: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class Point(Dict):
                 "end of each sample"
             )
         if depth is None:
-            depth = int(cells.max() + 1).bit_length()
+            depth = joint_max(int(cells.max() + 1).bit_length())
         names = [order] if isinstance(order, str) else list(order)
         try:
             code = torch.stack([encode(cells, batch, depth, name) for name in names])
@@ -104,7 +105,7 @@ class Point(Dict):
     def sort_codes(self, code: Tensor, shuffle_orders: bool = False) -> None:
         """Set the serialised entries from the codes (k, n), after permuting the rows if asked."""
         if shuffle_orders and code.shape[0] > 1:
-            rows = torch.randperm(code.shape[0])
+            rows = torch.randperm(code.shape[0], generator=joint_generator())
             code = code[rows.to(code.device)]
             self["order"] = [self["order"][i] for i in rows.tolist()]
         # Row by row: sorting a vector of integers has a faster route than sorting a matrix.

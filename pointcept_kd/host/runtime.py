@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import secrets
-import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import comm
-from .config import Config, fill_defaults, find_config
+from . import comm, processes
+from .config import RUNTIME_DEFAULTS, Config, fill_defaults, find_config
 from .errors import InputError, one_line
 
 
@@ -85,7 +82,7 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-@functools.cache
+@cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
         return ctypes.CDLL(None).malloc_trim
@@ -126,60 +123,79 @@ def complete(cfg: Any) -> Any:
         cfg["seed"] = secrets.randbelow(2**31)
     if type(cfg["seed"]) is not int or cfg["seed"] < 0:
         raise InputError(f"seed={cfg['seed']!r}: expected a whole number, 0 or more")
+    complete_distribution(cfg)
     train = (cfg.get("data") or {}).get("train")
     if isinstance(train, Mapping):
         train["loop"] = cfg["epoch"] // cfg["eval_epoch"]
     return cfg
 
 
-def _join(cfg: Any, rank: int, world: int) -> None:
-    """Join the process group that the environment describes: NCCL on CUDA, gloo on the CPU."""
-    cuda = device_of(cfg).type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device_of(cfg))
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=timedelta(minutes=60)
-    )
+def complete_distribution(cfg: Any) -> float:
+    """Check the keys of runs in several processes.
+
+    Returns:
+        minutes that a message between processes may take.
+    """
+    minutes = cfg.get("dist_timeout", RUNTIME_DEFAULTS["dist_timeout"])
+    if type(minutes) not in (int, float) or not 0 < minutes < 1e6:
+        raise InputError(f"dist_timeout={minutes!r}: expected minutes, more than 0")
+    for key in ("global_loss", "sync_bn"):
+        if type(cfg.get(key, False)) is not bool:
+            raise InputError(f"{key}={cfg[key]!r}: expected True or False")
+    return float(minutes)
 
 
-def _spawned(rank: int, main: Callable[[Any], Any], world: int, cfg: Any, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    launch(main, world, cfg)
+def placement(args: Any) -> dict[str, Any]:
+    """What `launch` needs to know from the arguments of `build_parser`."""
+    names = ("num_gpus", "num_machines", "machine_rank", "dist_url")
+    return {name: getattr(args, name) for name in names}
 
 
-def launch(main: Callable[[Any], Any], num_gpus: int, cfg: Any) -> Any:
+def launch(
+    main: Callable[[Any], Any],
+    num_gpus: int,
+    cfg: Any,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> Any:
     """Run `main(cfg)` in every process of the run.
 
     Under `torchrun` (RANK and WORLD_SIZE are set) this process joins the group; otherwise `num_gpus` processes are
-    started on this machine, or none where one is enough.
+    started on this machine, or none where one is enough. When one of them fails, all end.
+
+    Args:
+        num_machines: how many machines start this with the same config and `num_gpus`.
+        machine_rank: this one's number, 0 to `num_machines` - 1.
+        dist_url: where they meet, tcp://HOST:PORT of machine 0.
+
+    Raises:
+        InputError, ProcessFailure: with the rank that failed first.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        joined = dist.is_initialized()
-        if not joined:
-            _join(cfg, int(os.environ["RANK"]), world)
-        try:
+    minutes = complete_distribution(cfg)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if num_machines > 1:
+            raise InputError(
+                "--num-machines under torchrun: torchrun has --nnodes for this; leave --num-machines out"
+            )
+        if torch.distributed.is_initialized():
             return main(cfg)
-        finally:
-            if not joined:
-                dist.destroy_process_group()
-    if num_gpus <= 1:
+        return processes.under_torchrun(main, cfg, partial(device_of, cfg), minutes)
+    for name, value, low, high in (
+        ("--num-gpus", num_gpus, 1, None),
+        ("--num-machines", num_machines, 1, None),
+        ("--machine-rank", machine_rank, 0, num_machines - 1),
+    ):
+        if value < low or (high is not None and value > high):
+            wanted = f"at least {low}" if high is None else f"{low} to {high}"
+            raise InputError(f"{name} {value}: expected {wanted}")
+    if num_gpus * num_machines == 1:
         return main(cfg)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    try:
-        torch.multiprocessing.spawn(_spawned, (main, num_gpus, cfg, port), nprocs=num_gpus)
-    except torch.multiprocessing.ProcessRaisedException as error:
-        if "InputError: " in str(error).strip().splitlines()[-1]:
-            raise InputError(one_line(error)) from None
-        raise
+    asked = str(cfg.get("device") or "")
+    if num_gpus > 1 and asked.startswith("cuda:"):
+        raise InputError(f"device={asked} is one GPU for {num_gpus} processes: use device=cuda")
+    device = partial(device_of, cfg)
+    processes.start(main, cfg, device, minutes, num_gpus, num_machines, machine_rank, dist_url)
     return None
 
 
@@ -210,8 +226,14 @@ def run_tool(main: Callable[[], Any]) -> int:
     try:
         main()
     except InputError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        # Under torchrun every process reads the same bad config: one of each machine says so.
+        if isinstance(error, processes.InputFailure) or comm.get_local_rank() == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except processes.ProcessFailure as error:
+        processes.show(error)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -26,6 +26,7 @@ from .checkpoint import unwrap
 from .config import default_setup
 from .errors import InputError
 from .hooks import HookBase, attach
+from .joint import joint_batch
 from .loader import collate_fn, point_collate_fn
 from .log import Writer, get_root_logger
 from .runtime import (
@@ -38,6 +39,7 @@ from .runtime import (
     to_device,
 )
 from .solver import build_optimizer, build_scheduler
+from .sync_bn import sync_batch_norm
 
 __all__ = ["EventStorage", "Trainer", "TrainerBase", "device_of"]
 
@@ -168,10 +170,11 @@ class Trainer(TrainerBase):
 
     def build_model(self) -> nn.Module:
         """The model on its device, wrapped for distributed training where there are several processes."""
-        seed_process(self.cfg["seed"], 0, comm.get_rank())
+        # One seed for all: what stands outside the module tree, such as a random teacher, is not sent around.
+        seed_process(self.cfg["seed"], 0, 0)
         model = MODELS.build(self.cfg["model"])
-        if self.cfg["sync_bn"]:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.cfg["sync_bn"] and comm.get_world_size() > 1:
+            model = sync_batch_norm(model)
         model = model.to(self.device)
         if comm.get_world_size() > 1:
             model = DistributedDataParallel(
@@ -311,8 +314,11 @@ class Trainer(TrainerBase):
             self.after_train()
         except InputError:
             raise
-        except Exception:
-            self.logger.error("Training stopped:\n%s", traceback.format_exc())
+        except Exception as error:
+            # A process that only lost another one says nothing: the other one's reason is the one to read.
+            if not comm.lost_contact(error):
+                self.logger.error("Training stopped:\n%s", traceback.format_exc())
+                error.is_logged = True  # type: ignore[attr-defined]
             raise
         finally:
             if self.writer is not None:
@@ -343,7 +349,7 @@ class Trainer(TrainerBase):
         group, last = self._accumulation(iteration)
         quiet = not last and isinstance(self.model, DistributedDataParallel)
         with self.model.no_sync() if quiet else contextlib.nullcontext():
-            with autocast(cfg, self.device):
+            with autocast(cfg, self.device), joint_batch(cfg["global_loss"]):
                 outputs = self.model(batch)
             self.check_outputs(outputs)
             loss = outputs["loss"].reshape(())

@@ -555,6 +555,17 @@ def test_runtime_keys_are_known_without_being_in_the_file():
     assert cfg.batch_size == RUNTIME_DEFAULTS["batch_size"]
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_cache_of_a_data_set_is_an_option(split):
+    cfg = Config(dict(data={split: dict(type="D", loop=2)}))
+    cfg.merge_from_dict(parse_options([f"data.{split}.cache=shared"]))
+    assert cfg.data[split] == dict(type="D", loop=2, cache="shared")
+    cfg.merge_from_dict(parse_options([f"data.{split}.cache=true"]))
+    assert cfg.data[split].cache is True
+    with refused(f"did you mean data.{split}.cache"):
+        cfg.merge_from_dict(parse_options([f"data.{split}.cach=true"]))
+
+
 def test_digits_index_no_lists_in_files(write):
     path = write(base="a = [dict(x=1)]", child="_base_ = 'base.py'\na = {'0': dict(x=2)}")
     with refused("a is .* below and a dict here"):
