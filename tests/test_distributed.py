@@ -648,9 +648,12 @@ def test_torchrun_shows_the_reason(tmp_path):
 def test_ctrl_c_ends_all(tmp_path):
     folder, values = failing_config(tmp_path, "hang")
     config = write_config(tmp_path / "c.py", save_path=str(folder), **values)
+    # A test run in the background of a shell ignores SIGINT, and what it starts would, too.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = command(
-        "--config-file", config, "--num-gpus", "2", cwd=tmp_path, start_new_session=True
-    )
+        "--config-file", config, "--num-gpus", "2", cwd=tmp_path, start_new_session=True,
+        preexec_fn=heard,
+    )  # fmt: skip
     pids = noted(tmp_path / "note")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     printed = process.communicate(timeout=60)[1]
