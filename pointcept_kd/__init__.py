@@ -65,7 +65,13 @@ def _show_as_one_line(refused: Exception) -> None:
 if _is_command():
     __all__ = ["__version__"]
 else:
-    from . import data, distillers, host, networks, ops
+    try:
+        from . import data, distillers, host, networks, ops
+    except ValueError as _error:
+        # A host that cannot be had: its own class of errors cannot be imported without it.
+        if type(_error).__name__ == "InputError":
+            _show_as_one_line(_error)
+        raise
     from .host import trainer as _trainer  # noqa: F401  registers trainers, hooks and testers
 
     _load_plugins()

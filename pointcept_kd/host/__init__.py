@@ -1,49 +1,36 @@
 """The host: the part of Pointcept that networks, data and distillers stand on.
 
-`POINTCEPT_KD_HOST` chooses: `builtin` is this package's own host, with Pointcept's names and behaviour;
-`auto` (the default) takes whatever is there. The choice and its reason are in `HOST` and `HOST_REASON`.
+`POINTCEPT_KD_HOST` chooses: `pointcept` is the real one, `builtin` this package's own with its names and behaviour,
+`auto` (the default) the real one where it can be imported and CUDA is there. The choice and its reason are in `HOST`
+and `HOST_REASON`; see `provider.py`.
 """
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 from .errors import InputError, one_line
+from .provider import Provider, choose, pointcept_class
 from .registry import Registry, stand_in
 
+PROVIDER: Provider = choose()
+HOST, HOST_REASON = PROVIDER.name, PROVIDER.reason
 
-def _choose() -> tuple[str, str]:
-    wanted = os.environ.get("POINTCEPT_KD_HOST", "auto")
-    if wanted not in ("auto", "builtin"):
-        raise InputError(
-            f"POINTCEPT_KD_HOST={wanted}: this version knows auto and builtin; unset it or set one of these"
-        )
-    reason = (
-        "asked for by POINTCEPT_KD_HOST"
-        if wanted == "builtin"
-        else "needs no Pointcept, GPU or compiler"
-    )
-    return "builtin", reason
-
-
-HOST, HOST_REASON = _choose()
-
-MODELS = Registry("models")
-MODULES = Registry("modules")
-LOSSES = Registry("losses")
-DATASETS = Registry("datasets")
-TRANSFORMS = Registry("transforms")
-HOOKS = Registry("hooks")
-TRAINERS = Registry("trainers")
-TESTERS = Registry("testers")
-OPTIMIZERS = Registry("optimizers")
-SCHEDULERS = Registry("schedulers")
+MODELS = PROVIDER.root("models")
+MODULES = PROVIDER.root("modules")
+LOSSES = PROVIDER.root("losses")
+DATASETS = PROVIDER.root("datasets")
+TRANSFORMS = PROVIDER.root("transforms")
+HOOKS = PROVIDER.root("hooks")
+TRAINERS = PROVIDER.root("trainers")
+TESTERS = PROVIDER.root("testers")
+OPTIMIZERS = PROVIDER.root("optimizers")
+SCHEDULERS = PROVIDER.root("schedulers")
 
 # Our own classes: `type="kd.Distiller"` beside `type="PT-v3m1"`.
 kd = SimpleNamespace(
     **{
-        registry.name.upper(): Registry(registry.name, scope="kd", parent=registry)
+        registry.name.upper(): PROVIDER.child(registry, "kd")
         for registry in (
             MODELS, MODULES, LOSSES, DATASETS, TRANSFORMS, HOOKS, TRAINERS, TESTERS, OPTIMIZERS, SCHEDULERS,
         )
@@ -54,6 +41,7 @@ kd = SimpleNamespace(
 TERMS = Registry("terms", scope="kd")
 
 __all__ = [
-    "DATASETS", "HOOKS", "HOST", "HOST_REASON", "LOSSES", "MODELS", "MODULES", "OPTIMIZERS", "SCHEDULERS",
-    "TERMS", "TESTERS", "TRAINERS", "TRANSFORMS", "InputError", "Registry", "kd", "one_line", "stand_in",
+    "DATASETS", "HOOKS", "HOST", "HOST_REASON", "LOSSES", "MODELS", "MODULES", "OPTIMIZERS", "PROVIDER",
+    "SCHEDULERS", "TERMS", "TESTERS", "TRAINERS", "TRANSFORMS", "InputError", "Registry", "kd", "one_line",
+    "pointcept_class", "stand_in",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import HOOKS, TESTERS, comm, kd, stand_in
+from . import HOOKS, PROVIDER, TESTERS, comm, kd, pointcept_class, stand_in
 from .checkpoint import (
     copy_atomic,
     load_checkpoint,
@@ -43,7 +43,10 @@ def progress(items: Iterable[Any], total: int, text: str) -> Any:
     return tqdm(items, total=total, desc=text, leave=False, dynamic_ncols=True)
 
 
-class HookBase:
+_PointceptHook: Any = PROVIDER.hook_base
+
+
+class HookBase(_PointceptHook):
     """The points of a run where a hook may act; `trainer` is set when it is registered."""
 
     trainer: Any = None
@@ -70,8 +73,12 @@ class HookBase:
         """Called once, after the last epoch."""
 
 
+# Pointcept's own models are hooks of its kind.
+_AnyHook = HookBase if _PointceptHook is object else _PointceptHook
+
+
 @stand_in(HOOKS, kd.HOOKS, "CheckpointLoader")
-class CheckpointLoader(HookBase):
+class CheckpointLoader(HookBase, pointcept_class(HOOKS, "CheckpointLoader")):
     """Load `cfg.weight` into the model; with `cfg.resume` also the state of the run.
 
     Args:
@@ -147,12 +154,12 @@ class CheckpointLoader(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "ModelHook")
-class ModelHook(HookBase):
+class ModelHook(HookBase, pointcept_class(HOOKS, "ModelHook")):
     """Pass every call on to the model where the model is a hook itself."""
 
     def _forward(self, point: str) -> None:
         model = unwrap(self.trainer.model)
-        if isinstance(model, HookBase):
+        if isinstance(model, _AnyHook) and hasattr(model, point):  # Pointcept's have no `check`
             model.trainer = self.trainer
             getattr(model, point)()
 
@@ -179,7 +186,7 @@ class ModelHook(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "IterationTimer")
-class IterationTimer(HookBase):
+class IterationTimer(HookBase, pointcept_class(HOOKS, "IterationTimer")):
     """Time of loading and of whole iterations, and from them the time that remains.
 
     Args:
@@ -216,7 +223,7 @@ class IterationTimer(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "InformationWriter")
-class InformationWriter(HookBase):
+class InformationWriter(HookBase, pointcept_class(HOOKS, "InformationWriter")):
     """Loss, its parts and the learning rate: as text lines, as scalars, and on a progress bar.
 
     Args:
@@ -335,7 +342,7 @@ def scan_losses(
 
 
 @stand_in(HOOKS, kd.HOOKS, "SemSegEvaluator")
-class SemSegEvaluator(HookBase):
+class SemSegEvaluator(HookBase, pointcept_class(HOOKS, "SemSegEvaluator")):
     """Mean IoU on the validation set after every epoch, for any batch size and number of processes.
 
     Leaves the mean over all classes (absent = 0, the host's number) as the metric for the saver, and logs the mean over
@@ -404,7 +411,7 @@ class SemSegEvaluator(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "CheckpointSaver")
-class CheckpointSaver(HookBase):
+class CheckpointSaver(HookBase, pointcept_class(HOOKS, "CheckpointSaver")):
     """Save the run after every epoch: `model_last.pth`, `model_best.pth`, `epoch_N.pth`.
 
     A distiller's student is written beside them, with plain keys, as `student_last.pth` and `student_best.pth`.
@@ -466,7 +473,7 @@ class CheckpointSaver(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "PreciseEvaluator")
-class PreciseEvaluator(HookBase):
+class PreciseEvaluator(HookBase, pointcept_class(HOOKS, "PreciseEvaluator")):
     """Run the tester of `cfg.test` after training, on the best checkpoint.
 
     Args:
@@ -493,7 +500,7 @@ class PreciseEvaluator(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "GarbageHandler")
-class GarbageHandler(HookBase):
+class GarbageHandler(HookBase, pointcept_class(HOOKS, "GarbageHandler")):
     """Collect Python's garbage at fixed intervals instead of whenever it strikes.
 
     Args:
@@ -531,7 +538,7 @@ class GarbageHandler(HookBase):
 
 
 @stand_in(HOOKS, kd.HOOKS, "WeightDecaySchedular")  # the host spells it so
-class WeightDecayScheduler(HookBase):
+class WeightDecayScheduler(HookBase, pointcept_class(HOOKS, "WeightDecaySchedular")):
     """Move the weight decay along half a cosine over the run.
 
     Groups whose weight decay is 0 keep it.

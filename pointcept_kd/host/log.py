@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,49 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
+def wandb_run(cfg: Mapping[str, Any]) -> Any:
+    """Start a run at Weights & Biases, in `wandb_project` and named by the last two folders of `save_path`.
+
+    Raises:
+        InputError: without the package, or where it refuses to start.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError(
+            "enable_wandb=True needs the package wandb: pip install wandb, or set enable_wandb=False"
+        ) from error
+    folder = Path(cfg["save_path"])
+    tag, name = folder.absolute().parts[-2:]
+    try:
+        if cfg.get("wandb_key"):
+            wandb.login(key=cfg["wandb_key"])
+        run = wandb.init(
+            project=cfg.get("wandb_project") or "pointcept",
+            name=f"{tag}/{name}",
+            tags=[tag],
+            dir=str(folder),
+            config=cfg.to_dict() if hasattr(cfg, "to_dict") else None,
+        )
+    except Exception as error:  # its own classes of errors are many and change
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"enable_wandb=True: {reason}; log in, set WANDB_MODE=offline, or set enable_wandb=False"
+        ) from error
+    for pattern in ("params/*", "train_batch/*"):
+        run.define_metric(pattern, step_metric="Iter")
+    for pattern in ("train/*", "val/*"):
+        run.define_metric(pattern, step_metric="Epoch")
+    return run
+
+
 class Writer:
     """A run's scalars: `log.jsonl` in `folder` always, TensorBoard event files if it is installed.
+
+    Args:
+        folder: the run's `save_path`.
+        tensorboard: write event files.
+        wandb: a run of `wandb_run`, which gets them as well.
 
     Raises:
         InputError: for a folder that cannot be written.
@@ -173,7 +215,8 @@ class Writer:
 
     _said_missing = False
 
-    def __init__(self, folder: str | Path, tensorboard: bool = True) -> None:
+    def __init__(self, folder: str | Path, tensorboard: bool = True, wandb: Any = None) -> None:
+        self.wandb = wandb
         self.jsonl = JsonlWriter(Path(folder) / "log.jsonl")
         self.events = self._open_events(folder) if tensorboard else None
 
@@ -197,6 +240,9 @@ class Writer:
         self.jsonl.add(tag, number, step)
         if self.events is not None:
             self.events.add_scalar(tag, number, step)
+        if self.wandb is not None:
+            batchwise = tag.startswith(("params/", "train_batch/"))
+            self.wandb.log({tag: number, "Iter" if batchwise else "Epoch": step})
 
     def close(self) -> None:
         """Close all files; a second call does nothing."""
@@ -204,3 +250,6 @@ class Writer:
         if self.events is not None:
             self.events.close()
             self.events = None
+        if self.wandb is not None:
+            self.wandb.finish()
+            self.wandb = None

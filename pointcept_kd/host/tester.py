@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import DATASETS, MODELS, TESTERS, comm, kd, stand_in
+from . import DATASETS, MODELS, TESTERS, comm, kd, pointcept_class, stand_in
 from .batches import EpochBatchSampler, build_loader, first
 from .checkpoint import load_checkpoint, load_into, student_weights, unwrap, write_atomic
 from .config import default_setup
@@ -82,7 +82,7 @@ def _span(values: list[int]) -> list[int]:
 
 
 @stand_in(TESTERS, kd.TESTERS, "SemSegTester")
-class SemSegTester:
+class SemSegTester(pointcept_class(TESTERS, "SemSegTester")):
     """Predict, score and write the predictions of a split.
 
     Writes `result/{name}_pred.npy` (int64, one class per raw point), `result/metrics.json` and, for data sets with

@@ -15,12 +15,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Registered by being imported: the tester that PreciseEvaluator builds.
-from . import DATASETS, HOOKS, MODELS, TRAINERS, comm, kd, stand_in, tester  # noqa: F401
+from . import (  # noqa: F401
+    DATASETS,
+    HOOKS,
+    MODELS,
+    PROVIDER,
+    TRAINERS,
+    comm,
+    kd,
+    pointcept_class,
+    stand_in,
+    tester,
+)
 from .batches import EpochBatchSampler, build_loader, seed_process
 from .checkpoint import unwrap
 from .config import default_setup
@@ -28,7 +40,7 @@ from .errors import InputError
 from .hooks import HookBase, attach
 from .joint import joint_batch
 from .loader import collate_fn, point_collate_fn
-from .log import Writer, get_root_logger
+from .log import Writer, get_root_logger, wandb_run
 from .runtime import (
     amp_dtype,
     autocast,
@@ -45,30 +57,39 @@ __all__ = ["EventStorage", "Trainer", "TrainerBase", "device_of"]
 
 
 class _History:
-    """Last value, mean and sum of one scalar since the last reset."""
+    """Last value, mean and sum of one quantity since the last reset."""
 
     def __init__(self) -> None:
-        self.val, self.total, self.count = 0.0, 0.0, 0
+        self.reset()
 
-    def update(self, value: float) -> None:
-        self.val = value
-        self.total += value
-        self.count += 1
+    def reset(self) -> None:
+        """Forget all values."""
+        self.val: Any = 0.0
+        self.total: Any = 0.0
+        self.count = 0
+
+    def update(self, value: Any) -> None:
+        """Add a number or an array."""
+        self.val, self.total, self.count = value, self.total + value, self.count + 1
 
     @property
-    def avg(self) -> float:
+    def avg(self) -> Any:
+        """The mean; 0 without values."""
         return self.total / self.count if self.count else 0.0
 
 
 class EventStorage:
-    """Named scalars of the running epoch."""
+    """Named quantities of the running epoch."""
 
     def __init__(self) -> None:
         self._histories: dict[str, _History] = {}
 
     def put_scalar(self, name: str, value: Any) -> None:
-        """Add a number or one-element tensor under a name."""
-        value = value.item() if isinstance(value, Tensor) else float(value)
+        """Add a number, a one-element tensor or, as Pointcept's evaluators do, an array under a name."""
+        if isinstance(value, Tensor):
+            value = value.item()
+        elif not (isinstance(value, np.ndarray) and value.ndim):
+            value = float(value)
         self._histories.setdefault(name, _History()).update(value)
 
     def history(self, name: str) -> _History:
@@ -80,8 +101,12 @@ class EventStorage:
         self._histories.clear()
 
 
-class TrainerBase:
-    """Hooks around epochs around steps; what a step does is the subclass's."""
+class TrainerBase(pointcept_class(TRAINERS, "DefaultTrainer")):
+    """Hooks around epochs around steps; what a step does is the subclass's.
+
+    On Pointcept it is a trainer of Pointcept's, of which it replaces the parts: nothing of theirs moves data to CUDA
+    unasked.
+    """
 
     def __init__(self) -> None:
         self.hooks: list[HookBase] = []
@@ -185,8 +210,11 @@ class Trainer(TrainerBase):
         return model
 
     def build_writer(self) -> Writer | None:
-        """Scalars into `save_path`; None on all processes but the first."""
-        return Writer(self.cfg["save_path"]) if comm.is_main_process() else None
+        """Scalars into `save_path`, and to Weights & Biases where `enable_wandb` asks for it; None beside rank 0."""
+        if not comm.is_main_process():
+            return None
+        cfg = self.cfg
+        return Writer(cfg["save_path"], wandb=wandb_run(cfg) if cfg["enable_wandb"] else None)
 
     def build_train_loader(self) -> Any:
         """Seeded batches, shuffled; drops the last one only where the set is larger than a total batch."""
@@ -283,6 +311,7 @@ class Trainer(TrainerBase):
         log(
             f"Config: {getattr(cfg, 'filename', None) or 'given in code'}; save_path {cfg['save_path']}"
         )
+        log(f"Host: {PROVIDER}")
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         log(
             f"{comm.get_world_size()} x {self.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -290,10 +319,6 @@ class Trainer(TrainerBase):
         )
         if cfg["num_worker_per_gpu"] == 0:
             log("num_worker=0: scans are loaded in the training process")
-        if cfg["enable_wandb"]:
-            log(
-                "enable_wandb: this host does not log there; scalars are in log.jsonl and event files"
-            )
 
     # -- running -------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -163,6 +164,51 @@ def test_comm_without_a_group(monkeypatch):
     assert comm.reduce_dict({"a": torch.tensor(2.0)}) == {"a": torch.tensor(2.0)}
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert comm.get_local_rank() == 3
+
+
+class FakeRun:
+    def __init__(self):
+        self.axes, self.lines, self.finished = {}, [], 0
+
+    def define_metric(self, name, step_metric):
+        self.axes[name] = step_metric
+
+    def log(self, values):
+        self.lines.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_scalars_go_to_wandb_where_asked(tmp_path, monkeypatch):
+    run, asked = FakeRun(), {}
+    module = types.ModuleType("wandb")
+    module.login = lambda key: asked.update(key=key)
+    module.init = lambda **words: asked.update(words) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    cfg = dict(save_path=str(tmp_path / "kd" / "small"), wandb_project=None, wandb_key="secret")
+    writer = Writer(tmp_path, tensorboard=False, wandb=log.wandb_run(cfg))
+    assert (asked["project"], asked["name"], asked["tags"]) == ("pointcept", "kd/small", ["kd"])
+    assert asked["key"] == "secret"
+    writer.add_scalar("train_batch/loss", torch.tensor(2.0), 7)
+    writer.add_scalar("val/mIoU", 0.5, 1)
+    writer.close()
+    writer.close()
+    assert run.lines == [{"train_batch/loss": 2.0, "Iter": 7}, {"val/mIoU": 0.5, "Epoch": 1}]
+    assert run.axes["train_batch/*"] == "Iter"
+    assert run.axes["val/*"] == "Epoch"
+    assert run.finished == 1
+
+
+def test_a_refusal_of_wandb_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="needs the package wandb: pip install wandb"):
+        log.wandb_run(dict(save_path=str(tmp_path)))
+    module = types.ModuleType("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(module, "init", lambda **words: 1 / 0, raising=False)
+    with pytest.raises(InputError, match="ZeroDivisionError: division by zero; log in, set WANDB_"):
+        log.wandb_run(dict(save_path=str(tmp_path)))
 
 
 def _two_processes(rank, meeting):

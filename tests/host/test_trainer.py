@@ -436,6 +436,12 @@ def test_storage():
     storage.reset_histories()
     with pytest.raises(KeyError):
         storage.history("loss")
+    # What Pointcept's own hooks do with it.
+    storage.put_scalar("val_union", np.array([1, 2]))
+    storage.put_scalar("val_union", np.array([3, 4]))
+    assert storage.history("val_union").total.tolist() == [4, 6]
+    storage.history("val_union").reset()
+    assert storage.history("val_union").avg == 0
 
 
 def test_device_and_moving():
