@@ -178,7 +178,7 @@ def _about_core(report: Report, said: dict[str, Any], end: str) -> None:
     else:
         counts = f"{package['models']} models, {package['terms']} distillation terms"
         add("core", "pointcept_kd", "ok", f"{where}; {counts}")
-    add("core", "host", "ok", f"{package['host']}: {package['host_reason']}")
+    add("core", "host", "ok", package["host"])
     backends = said.get("backends", {"error": end})
     if "error" in backends:
         todo = "correct the POINTCEPT_KD_... variable that it names"
@@ -299,8 +299,10 @@ def _about_optional(report: Report, broken: dict[str, str], gpu: bool) -> None:
             report.add("optional", package, "note", text, todo)
     spec = importlib.util.find_spec("pointcept")
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    where = f"found in {places[0]}" if places else "not found; not needed"
-    report.add("optional", "Pointcept", "ok" if places else "note", where)
+    root = os.environ.get("POINTCEPT_ROOT")
+    where = f"POINTCEPT_ROOT={root}" if root else f"found in {places[0]}" if places else ""
+    text = where or "not found; not needed. POINTCEPT_ROOT names a checkout"
+    report.add("optional", "Pointcept", "ok" if where else "note", text)
 
 
 def _about_plugins(

@@ -107,8 +107,7 @@ def _package() -> dict[str, Any]:
     return {
         "version": pointcept_kd.__version__,
         "folder": str(Path(pointcept_kd.__file__).parent),
-        "host": pointcept_kd.host.HOST,
-        "host_reason": pointcept_kd.host.HOST_REASON,
+        "host": str(pointcept_kd.host.PROVIDER),
         "models": len(MODELS),
         "terms": len(TERMS),
         "config": str(config) if config.is_file() else None,
