@@ -17,13 +17,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Long tests run only when asked for with `-m slow`; CUDA tests only where there is a GPU."""
+    """Long tests run only when asked for with `-m slow`; others only where there is what they need."""
     asked = config.getoption("-m")
+    root = os.environ.get("POINTCEPT_ROOT", "")
+    has_pointcept = bool(root) and (Path(root) / "pointcept" / "__init__.py").is_file()
     for item in items:
         if "slow" in item.keywords and "slow" not in asked:
             item.add_marker(pytest.mark.skip(reason="long; run with -m slow"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "pointcept" in item.keywords and not has_pointcept:
+            reason = "POINTCEPT_ROOT does not name a checkout of Pointcept"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

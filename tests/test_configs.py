@@ -101,6 +101,7 @@ def test_the_semantic_kitti_child_differs_by_its_data():
             cfg["model"]["teacher"].pop(key)
         for split in ("train", "val", "test"):
             cfg["data"][split].pop("data_root")
+            assert cfg["data"][split].pop("type").endswith("SemanticKITTIDataset")
     assert head == child
 
 

@@ -3,11 +3,8 @@
 _base_ = ["ptv3_to_student.py"]
 
 save_path = "exp/semantic_kitti/ptv3_to_student"
-data = dict(
-    train=dict(data_root="data/semantic_kitti"),
-    val=dict(data_root="data/semantic_kitti"),
-    test=dict(data_root="data/semantic_kitti"),
-)
+__scans = dict(type="SemanticKITTIDataset", data_root="data/semantic_kitti")
+data = dict(train=__scans, val=__scans, test=__scans)
 model = dict(
     teacher=dict(
         weight="exp/semantic_kitti/semseg-pt-v3m1-0-base/model/model_best.pth",

@@ -458,9 +458,10 @@ class CheckpointSaver(HookBase, pointcept_class(HOOKS, "CheckpointSaver")):
             )
             return False
         name = trainer.comm_info.get("current_metric_name", "metric")
+        value = float(value)  # of Pointcept's evaluator, a numpy number
         improved = value > trainer.best_metric_value
         if improved:
-            trainer.best_metric_value = float(value)
+            trainer.best_metric_value = value
             trainer.logger.info(f"Best validation {name} updated to: {value:.4f}")
         trainer.logger.info(f"Currently Best {name}: {trainer.best_metric_value:.4f}")
         return improved

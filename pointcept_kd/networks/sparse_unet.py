@@ -99,8 +99,9 @@ class SpUNetBase(nn.Module):
             _norm(base_channels),
             nn.ReLU(),
         )
-        self.down, self.enc = nn.ModuleList(), nn.ModuleList()
-        self.up, self.dec = nn.ModuleList(), nn.ModuleList()
+        # In Pointcept's order: an optimiser's state in a checkpoint goes by the number of the parameter.
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.enc, self.dec = nn.ModuleList(), nn.ModuleList()
         finer = base_channels
         for s in range(self.levels):
             width = channels[s]
