@@ -1,0 +1,1 @@
+"""Tests against a checkout of the real Pointcept, which POINTCEPT_ROOT names."""
