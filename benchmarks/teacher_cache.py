@@ -26,7 +26,7 @@ from pointcept_kd.host.runtime import read_config
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "demo": "configs/kd/ptv3_to_student_tiny.py",
-    "full": "configs/kd/ptv3_to_student.py",
+    "full": "configs/kd/ptv3_to_student_logits.py",
 }
 SCANS = {"00": 6, "08": 1}
 TERMS = ("live teacher", "cached teacher", "no teacher")

@@ -34,6 +34,7 @@ REQUIRED = {
 # Import name: package, extra that installs it, what it brings.
 OPTIONAL = {
     "embreex": ("embreex", "sim", "ray casting: simulated streets, and with them the demo"),
+    "gudhi": ("gudhi", "topology", "loops and voids (H1, H2) in kd.Topology"),
     "PIL": ("pillow", "images", "reading camera images"),
     "tensorboard": ("tensorboard", "log", "TensorBoard event files; log.jsonl is always written"),
     "flash_attn": ("flash-attn", "flash", "attention kernels on CUDA, where a network asks for them"),

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pointcept_kd.distillers.taps import Taps
 from pointcept_kd.host import MODELS
 from pointcept_kd.host.config import RUNTIME_DEFAULTS, Config
 from pointcept_kd.host.loader import Compose
+
+from .networks.clouds import cloud
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in (ROOT / "configs").rglob("*.py") if p.parent.name != "_base_")
@@ -58,7 +61,7 @@ def test_the_teacher_is_the_one_its_config_trains(path):
     assert plain(teacher.model) == plain(cfg.model.teacher.model)
     assert str(cfg.model.teacher.weight).startswith(teacher.save_path + "/model/")
     theirs, ours = plain(teacher.data), plain(cfg.data)
-    if path.stem.endswith("_tiny"):
+    if "_tiny" in path.stem:
         # The demo's student drives other streets, and its evaluation is on streets that neither trained on.
         drives = set(theirs["train"].pop("sequences")), set(ours["train"].pop("sequences"))
         assert not drives[0] & drives[1]
@@ -81,6 +84,7 @@ def test_the_teacher_is_the_one_its_config_trains(path):
         ),
         ("kd/ptv3_to_student_own_data.py", "own_data/semseg-pt-v3m1-1-student.py"),
         ("kd/ptv3_to_student_nuscenes.py", "nuscenes/semseg-pt-v3m1-1-student.py"),
+        ("kd/ptv3_to_student_waymo.py", "waymo/semseg-pt-v3m1-1-student.py"),
     ],
 )
 def test_the_student_alone_has_the_same_recipe(distilled, alone):
@@ -88,6 +92,8 @@ def test_the_student_alone_has_the_same_recipe(distilled, alone):
     assert first["model"]["student"]["model"] == second["model"]
     for key in ("model", "save_path"):
         first.pop(key), second.pop(key)
+    for key in ("paper_terms", "recommended_terms"):
+        first.pop(key, None)
     assert first == second
 
 
@@ -121,6 +127,61 @@ def test_the_nuscenes_sibling_differs_by_its_data():
     assert head == other
 
 
+def test_the_waymo_sibling_differs_by_its_data():
+    head, other = (plain(dict(read(f"kd/ptv3_to_student{tail}.py"))) for tail in ("", "_waymo"))
+    for cfg, classes in ((head, 19), (other, 22)):
+        for key in ("teacher_model", "student_model", "save_path", "data"):
+            cfg.pop(key, None)
+        for part in ("student", "teacher"):
+            assert cfg["model"][part]["model"].pop("num_classes") == classes
+        for key in ("weight", "config"):
+            cfg["model"]["teacher"].pop(key)
+    assert head == other
+
+
+SETS = ["", "_nuscenes", "_semantic_kitti", "_waymo", "_tiny"]
+TYPES = dict(logits="kd.LogitKL", gradient="kd.GradientGuided", topology="kd.Topology")
+
+
+def terms_of(name):
+    """Terms that are on, with their weights, and the whole entry of the topology term."""
+    entries = {k: v for k, v in read(f"kd/{name}.py").model.terms.items() if v is not None}
+    on = {k: v["weight"] for k, v in entries.items() if v["weight"]}
+    assert all(entries[k]["type"] == TYPES[k] for k in on if k != "pseudo")
+    return on, plain(entries.get("topology"))
+
+
+@pytest.mark.parametrize("tail", SETS)
+def test_the_four_losses_and_their_siblings(tail):
+    on, _ = terms_of(f"ptv3_to_student{tail}")
+    assert set(on) == {"logits", "pseudo"} if tail == "_tiny" else set(on) == set(TYPES)
+    paper, topology = terms_of(f"ptv3_to_student{tail}_paper")
+    assert paper == dict(logits=0.3, gradient=10.0, topology=0.1)
+    assert (topology["distance"], topology["scale"]) == (dict(h0="chamfer", h1="chamfer"), "none")
+    recommended, topology = terms_of(f"ptv3_to_student{tail}_recommended")
+    assert set(recommended) == set(TYPES)
+    assert (topology["distance"], topology["scale"]) == (dict(h0="w2", h1="chamfer"), "mean")
+    # One choice for all data sets.
+    assert recommended == terms_of("ptv3_to_student_recommended")[0]
+
+
+@pytest.mark.parametrize("tail", SETS)
+def test_fewer_terms_change_nothing_else(tail):
+    head = plain(dict(read(f"kd/ptv3_to_student{tail}_recommended.py")))
+    rows = dict(logits={"logits"})
+    if tail in ("", "_tiny"):
+        rows.update(gradient={"logits", "gradient"}, topology={"logits", "topology"})
+    for row, names in rows.items():
+        cfg = plain(dict(read(f"kd/ptv3_to_student{tail}_{row}.py")))
+        terms = cfg["model"].pop("terms")
+        expected = head["model"]["terms"]
+        assert {k: v for k, v in terms.items() if v is not None} == {k: expected[k] for k in names}
+        assert cfg.pop("save_path").endswith(f"/ptv3_to_student_{row}")
+        rest = {k: v for k, v in head.items() if k != "save_path"}
+        rest["model"] = {k: v for k, v in head["model"].items() if k != "terms"}
+        assert cfg == rest
+
+
 def test_own_data_is_said_in_one_place():
     cfg = read("kd/ptv3_to_student_own_data.py")
     nets = cfg.model.student.model, cfg.model.teacher.model
@@ -143,3 +204,24 @@ def test_published_sizes(name, parameters):
     with torch.device("meta"):
         model = MODELS.build(read(name).model)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("part", "widths"), [("teacher", (512, 256)), ("student", (128, 128))], ids=lambda v: str(v)
+)
+def test_the_bottleneck_of_the_published_pair(part, widths):
+    """`enc_out` is what the encoder returns, `dec_in` its projection before it is spread over the finer cells."""
+    cfg = read("kd/ptv3_to_student.py")
+    assert cfg.model[part].taps == dict(enc_out="backbone.enc")
+    network = MODELS.build(cfg.model[part].model).eval()
+    taps = Taps(network, dict(enc_out="backbone.enc", dec_in="backbone.dec.dec3.up.proj"))
+    with torch.no_grad(), taps.record() as seen:
+        network(cloud((150, 90), high=60))
+    batch, cells = seen["enc_out"].batch, seen["enc_out"].cells
+    assert (seen["enc_out"].feat.shape, seen["dec_in"].feat.shape) == (
+        (len(cells), widths[0]),
+        (len(cells), widths[1]),
+    )
+    assert torch.equal(seen["dec_in"].batch, batch)
+    assert torch.equal(seen["dec_in"].cells, cells)
+    assert int(cells.max()) == 3  # 60 voxels, halved four times

@@ -142,6 +142,37 @@ def scans_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def make_step(
+    label: str,
+    config: str,
+    folder: Path,
+    seed: int,
+    options: Mapping[str, Any],
+    known: str = "",
+    after: Step | None = None,
+) -> Step:
+    """A training run that tests its last checkpoint, and the fingerprint by which it is known again.
+
+    Args:
+        options: config keys that differ from the file, folder and seed aside.
+        known: digest of what the run depends on beside its settings: the data, the teacher.
+
+    Raises:
+        InputError: for a config or an option that cannot be used here.
+    """
+    set_here = {"save_path": str(folder), "seed": seed}
+    hooks = [hook["type"].removeprefix("kd.") for hook in read_config(config)["hooks"]]
+    if "PreciseEvaluator" not in hooks:
+        raise InputError(
+            f"{config}: hooks has no kd.PreciseEvaluator, whose scores are read; add it as the last hook"
+        )
+    set_here[f"hooks.{hooks.index('PreciseEvaluator')}.test_last"] = True
+    everything = {**set_here, **options}
+    settings = read_config(config, everything).pretty_text
+    digest = hashlib.sha256(f"{settings}\0{known}".encode()).hexdigest()
+    return Step(label, config, folder, everything, after, digest)
+
+
 def plan_steps(
     out: Path, data: Path, seeds: Sequence[int], extra: Mapping[str, Any] | None = None
 ) -> tuple[Step, list[tuple[Step, Step]]]:
@@ -150,27 +181,13 @@ def plan_steps(
     Raises:
         InputError: for a config that cannot be used here.
     """
-    scans = scans_digest(data)
+    roots = {f"data.{split}.data_root": str(data) for split in ("train", "val", "test")}
+    options, scans = {**roots, **(extra or {})}, scans_digest(data)
 
     def step(label: str, config: str, folder: Path, seed: int, teacher: Step | None = None) -> Step:
-        options = {
-            "save_path": str(folder),
-            "seed": seed,
-            **{f"data.{split}.data_root": str(data) for split in ("train", "val", "test")},
-        }
-        hooks = [hook["type"].removeprefix("kd.") for hook in read_config(config)["hooks"]]
-        if "PreciseEvaluator" not in hooks:
-            raise InputError(
-                f"{config}: hooks has no kd.PreciseEvaluator, whose scores the demo reads; add it as the last hook"
-            )
-        options[f"hooks.{hooks.index('PreciseEvaluator')}.test_last"] = True
-        if teacher is not None:
-            options["model.teacher.weight"] = str(teacher.folder / LAST)
-        options.update(extra or {})
-        settings = read_config(config, options).pretty_text
-        known = "\0".join([settings, scans, teacher.fingerprint if teacher else ""])
-        digest = hashlib.sha256(known.encode()).hexdigest()
-        return Step(label, config, folder, options, teacher, digest)
+        taught = {} if teacher is None else {"model.teacher.weight": str(teacher.folder / LAST)}
+        known = f"{scans}\0{teacher.fingerprint if teacher else ''}"
+        return make_step(label, config, folder, seed, {**taught, **options}, known, teacher)
 
     teacher = step(LABELS[0], TEACHER, out / f"seed_{seeds[0]}" / "teacher", seeds[0])
     students = [
@@ -233,12 +250,12 @@ def run_step(step: Step, title: str) -> None:
             shutil.rmtree(step.folder)
         raise InputError(
             f"{step.label}: training ended with exit code {code}, the lines above say why; correct that and "
-            "call the demo again, finished steps are kept"
+            "call this again, finished steps are kept"
         )
     if not step.metrics():
         raise InputError(
             f"{step.folder}/result/metrics.json was not written though the training ended; delete {step.folder} "
-            "and call the demo again"
+            "and call this again"
         )
     _write_json(step.folder / STATE, {**state, "finished": True})
 

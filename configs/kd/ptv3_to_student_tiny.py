@@ -7,6 +7,7 @@ labelled, as where a person clicks instead of painting; the teacher has an opini
 _base_ = [
     "../_base_/sim_tiny.py",
     "../_base_/ptv3_pair_tiny.py",
+    "../_base_/topology_kd.py",
     "../_base_/cpu_minutes.py",
 ]
 
@@ -15,9 +16,10 @@ data = dict(train=dict(sequences=["03", "04", "05"], label_fraction=0.01))
 model = dict(
     type="kd.Distiller",
     teacher_cache=None,  # a folder: ask the teacher once per scan, docs/teacher_cache.md
-    student=dict(model={{_base_.student_model}}),
+    student=dict(model={{_base_.student_model}}, taps=dict(enc_out="backbone.enc")),
     teacher=dict(
         model={{_base_.teacher_model}},
+        taps=dict(enc_out="backbone.enc"),
         weight="exp/sim_tiny/semseg-pt-v3m1-0-base/model/model_last.pth",
         config="configs/sim/semseg-pt-v3m1-0-base_tiny.py",
         train_if_missing=True,

@@ -1,0 +1,6 @@
+"""`ptv3_to_student_tiny_recommended.py` with labels and the teacher's class scores alone."""
+
+_base_ = ["ptv3_to_student_tiny_recommended.py"]
+
+save_path = "exp/sim_tiny/ptv3_to_student_logits"
+model = dict(terms=dict(gradient=None, topology=None))

@@ -1,0 +1,6 @@
+"""`ptv3_to_student_tiny_recommended.py` with labels, class scores and topology alone."""
+
+_base_ = ["ptv3_to_student_tiny_recommended.py"]
+
+save_path = "exp/sim_tiny/ptv3_to_student_topology"
+model = dict(terms=dict(gradient=None))
