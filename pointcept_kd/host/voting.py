@@ -1,7 +1,8 @@
 """Several forwards per scan: adding their votes at the points, and augmented views of a validation pipeline.
 
 Fragments (the host's protocol) come from the data set's `test_cfg`. Views need nothing but the validation transforms:
-an augmentation is put before the GridSample that makes `inverse`, so that every raw point has one vote per view.
+an augmentation is put before the GridSample that makes `inverse`, so that every raw point has one vote per view. Where
+there is no GridSample, as for networks that cut cells themselves, a view keeps every point and needs no `inverse`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ TTA_SETS: dict[str, list[Chain]] = {
         [*_turn(i), *flip] for flip in ([], [dict(type="kd.Mirror", axis="y")]) for i in range(4)
     ],
     "scales_flips": _scales(False) + _scales(True),
+    # What the cylindrical and the polar networks were published with, every view from the scan as it is.
+    "flips": [
+        [],
+        [dict(type="kd.Mirror", axis="x")],
+        [dict(type="kd.Mirror", axis="y")],
+        [dict(type="kd.Mirror", axis="x"), dict(type="kd.Mirror", axis="y")],
+    ],
 }
 DEFAULT_TTA = "turns_flips"
 
@@ -115,13 +123,20 @@ class AugmentedViews(Dataset):
             raise IndexError(f"sample {idx} of {len(self)}")
         leaf, position = leaf_of(self.dataset, idx % len(self))
         # By position, not by id(): a loading process has copies of all of them.
-        pipelines = next(p for known, p in zip(self._leaves, self._views) if known is leaf)
+        pipelines, whole = next(p for known, p in zip(self._leaves, self._views) if known is leaf)
         raw = leaf.load(position)
         name, points = raw.get("name", f"{idx:06d}"), len(raw["coord"])
         target, views = raw["segment"], []
         for pipeline in pipelines:
             view = pipeline(copy.deepcopy(raw))
-            if "inverse" not in view:
+            if whole:
+                if len(view["coord"]) != points:
+                    raise InputError(
+                        f"test.mode=tta, scan {name}: the transforms keep {len(view['coord'])} of {points} raw points; "
+                        "take out those that drop points, or use test.mode=single"
+                    )
+                view["inverse"] = torch.arange(points)
+            elif "inverse" not in view:
                 raise InputError(f"test.mode=tta, scan {name}: add inverse to the keys of Collect")
             if len(view["inverse"]) != points:
                 raise InputError(
@@ -135,7 +150,8 @@ class AugmentedViews(Dataset):
         return {"views": views, "target": target, "name": name}
 
 
-def _view_pipelines(dataset: Any, chains: Sequence[Chain]) -> list[Compose]:
+def _view_pipelines(dataset: Any, chains: Sequence[Chain]) -> tuple[list[Compose], bool]:
+    """One pipeline per view, and whether they keep the raw points as they are: no GridSample."""
     kind = type(dataset).__name__
     steps = getattr(dataset, "transform", None)
     if not isinstance(dataset, DefaultDataset) or not isinstance(steps, Compose):
@@ -149,6 +165,11 @@ def _view_pipelines(dataset: Any, chains: Sequence[Chain]) -> list[Compose]:
             "would pass by; use another mode"
         )
     voxels = [i for i, t in enumerate(steps.transforms) if hasattr(t, "return_inverse")]
+    cfg = [dict(step) for step in steps.cfg]
+    if not voxels:
+        ends = (i for i, step in enumerate(cfg) if step["type"] in ("ToTensor", "Collect"))
+        at = next(ends, len(cfg))
+        return [Compose([*cfg[:at], *chain, *cfg[at:]]) for chain in chains], True
     if not any(steps.transforms[i].return_inverse for i in voxels):
         raise InputError(
             f"test.mode=tta: the transforms of {kind} have no GridSample with return_inverse=True, so predictions have "
@@ -163,8 +184,8 @@ def _view_pipelines(dataset: Any, chains: Sequence[Chain]) -> list[Compose]:
         raise InputError(
             f"test.mode=tta: GridSample of {kind} has mode='test', which gives fragments; use mode='train' in data.val"
         )
-    cfg = [dict(step) for step in steps.cfg]
-    return [Compose([*cfg[: voxels[0]], *chain, *cfg[voxels[0] :]]) for chain in chains]
+    at = voxels[0]
+    return [Compose([*cfg[:at], *chain, *cfg[at:]]) for chain in chains], False
 
 
 class Votes:

@@ -310,6 +310,50 @@ def test_tta_against_loops_at_raw_points(tmp_path, batch_size, name):
     assert f"mean of {passes} augmented passes per scan" in metrics["protocol"]
 
 
+class PlaneNet(torch.nn.Module):
+    """Scores each point by its coordinates."""
+
+    def __init__(self):
+        super().__init__()
+        self.waves = torch.nn.Linear(3, tiny.CLASSES)
+
+    def forward(self, batch):
+        return {"seg_logits": self.waves(batch["coord"].float()).sin() * 3}
+
+
+def test_flips_without_a_grid_start_from_the_scan_as_it_is(tmp_path):
+    """Published test-time augmentation flipped one array in place: the third view was a flip of the second."""
+    scans, model = scans_on_disk(tmp_path / "data"), PlaneNet()
+    steps = [
+        dict(type="ToTensor"),
+        dict(type="Collect", keys=("coord", "segment", "name"), feat_keys=("coord",)),
+    ]
+    cfg = config(tmp_path, test=entry(tmp_path / "data", steps))
+    SemSegTester(cfg, model=model, mode="tta", tta="flips", save_probabilities=True).test()
+    for i, (coord, _) in enumerate(scans):
+        views = [
+            coord * np.array(signs) for signs in ((1, 1, 1), (-1, 1, 1), (1, -1, 1), (-1, -1, 1))
+        ]
+        with torch.no_grad():
+            votes = [model({"coord": torch.from_numpy(v)})["seg_logits"].softmax(1) for v in views]
+        found = np.load(tmp_path / "result" / f"s{i}_prob.npy").astype(np.float64)
+        np.testing.assert_allclose(found, torch.stack(votes).mean(0).numpy(), atol=1e-3)
+
+
+def test_views_without_a_grid_must_keep_every_point(tmp_path):
+    scans_on_disk(tmp_path / "data")
+    steps = [
+        dict(type="kd.RangeCrop", point_cloud_range=[-3, -3, -9, 3, 3, 9]),
+        dict(type="ToTensor"),
+        dict(type="Collect", keys=("coord", "segment", "name"), feat_keys=("coord",)),
+    ]
+    tester = SemSegTester(
+        config(tmp_path, test=entry(tmp_path / "data", steps)), model=PlaneNet(), mode="tta"
+    )
+    with pytest.raises(InputError, match=r"scan s0: the transforms keep \d+ of 150 raw points"):
+        tester.test()
+
+
 def test_one_plain_pass_is_mode_single(tmp_path):
     scans_on_disk(tmp_path / "data")
     model = CellNet()
@@ -378,7 +422,7 @@ def test_tta_arguments(tmp_path):
     with pytest.raises(InputError, match=r"test\.tta is for test\.mode=tta"):
         SemSegTester(config(tmp_path), model=tiny.TinyNet(), tta="turns")
     for bad in ("spin", [], [dict(type="RandomFlip")], 8):
-        with pytest.raises(InputError, match="use one of turns, turns_flips, scales_flips"):
+        with pytest.raises(InputError, match="use one of turns, turns_flips, scales_flips, flips"):
             tta_chains(bad)
     assert len(tta_chains(None)) == 8
     assert len(tta_chains("scales_flips")) == 10
