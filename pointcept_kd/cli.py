@@ -21,6 +21,9 @@ COMMANDS = {
     "infer": "label point clouds of your own",
     "prepare-data": "simulate streets, prepare data sets, check data",
     "benchmark": "compare networks: parameters, latency, memory, mIoU",
+    "ablate": "train rows of configs by several seeds, and write their table",
+    "convert": "released weights to checkpoints of this package",
+    "export-onnx": "a bird's-eye-view student as ONNX",
     "demo": "from nothing to a distilled student and its report",
     "doctor": "what is installed, what is missing, what that costs",
 }

@@ -66,7 +66,24 @@ def test_the_teacher_is_the_one_its_config_trains(path):
         drives = set(theirs["train"].pop("sequences")), set(ours["train"].pop("sequences"))
         assert not drives[0] & drives[1]
         assert ours["train"].pop("label_fraction") == 0.01
+    if "_trainval" in path.stem:
+        # The only configs that learn from the validation scans, and say so; their test set has no labels.
+        assert ours["train"].pop("split") == ["train", "val"]
+        assert ours["test"].pop("split") == "test"
+        theirs["train"].pop("split"), theirs["test"].pop("split")
     assert theirs == ours, "teacher and student see the same data"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_validation_scans_are_not_trained_on(path):
+    """The published 3D-to-BEV training had sequence 08 in both."""
+    train = Config.fromfile(path).data.train
+    splits = [train.split] if isinstance(train.split, str) else list(train.split)
+    if "_trainval" in path.stem:
+        assert splits == ["train", "val"]
+        return
+    assert splits in (["train"], ["training"])
+    assert "08" not in [str(name) for name in train.get("sequences") or ()]
 
 
 @pytest.mark.parametrize(
@@ -85,6 +102,14 @@ def test_the_teacher_is_the_one_its_config_trains(path):
         ("kd/ptv3_to_student_own_data.py", "own_data/semseg-pt-v3m1-1-student.py"),
         ("kd/ptv3_to_student_nuscenes.py", "nuscenes/semseg-pt-v3m1-1-student.py"),
         ("kd/ptv3_to_student_waymo.py", "waymo/semseg-pt-v3m1-1-student.py"),
+        ("kd/cylinder3d_to_polarnet.py", "semantic_kitti/semseg-polarnet-0-base.py"),
+        ("kd/cylinder3d_to_polarnet_nuscenes.py", "nuscenes/semseg-polarnet-0-base.py"),
+        (
+            "kd/cylinder3d_to_polarnet_samples.py",
+            "semantic_kitti/semseg-polarnet-0-base_samples.py",
+        ),
+        ("kd/cylinder3d_to_polarnet_tiny.py", "sim/semseg-polarnet-0-base_tiny.py"),
+        ("kd/ptv3_to_polarnet_tiny.py", "sim/semseg-polarnet-1-voxels_tiny.py"),
     ],
 )
 def test_the_student_alone_has_the_same_recipe(distilled, alone):
@@ -137,6 +162,31 @@ def test_the_waymo_sibling_differs_by_its_data():
         for key in ("weight", "config"):
             cfg["model"]["teacher"].pop(key)
     assert head == other
+
+
+BEV = ("logits", "enc2", "enc8", "dec8", "dec2", "labels")
+
+
+@pytest.mark.parametrize("tail", ["", "_paper", "_nuscenes", "_samples", "_tiny"])
+def test_the_terms_of_the_birds_eye_view_pair(tail):
+    terms = plain(read(f"kd/cylinder3d_to_polarnet{tail}.py").model.terms)
+    assert set(terms) == set(BEV)
+    # Published: 1 for class scores, 2 for every other.
+    assert {k: v["weight"] for k, v in terms.items()} == {
+        k: 1.0 if k == "logits" else 2.0 for k in BEV
+    }
+    strides = {k: v["student_stride"] for k, v in terms.items() if k != "logits"}
+    for name, stride in strides.items():
+        assert list(stride) == list(terms[name]["teacher_stride"][:2]), name
+
+
+@pytest.mark.parametrize(
+    ("row", "kept"), [("logits", BEV[:1]), ("voxels", BEV[1:5]), ("labels", BEV[5:])]
+)
+def test_one_kind_of_term_each(row, kept):
+    head = plain(read("kd/cylinder3d_to_polarnet_tiny.py").model.terms)
+    terms = plain(read(f"kd/cylinder3d_to_polarnet_tiny_{row}.py").model.terms)
+    assert {k: v for k, v in terms.items() if v is not None} == {k: head[k] for k in kept}
 
 
 SETS = ["", "_nuscenes", "_semantic_kitti", "_waymo", "_tiny"]
@@ -198,6 +248,8 @@ def test_own_data_is_said_in_one_place():
         ("nuscenes/semseg-pt-v3m1-1-student.py", 2_777_344),
         ("waymo/semseg-pt-v3m1-0-base.py", 46_159_702),
         ("waymo/semseg-pt-v3m1-1-student.py", 2_777_734),
+        ("semantic_kitti/semseg-cylinder3d-0-base.py", 55_853_366),
+        ("semantic_kitti/semseg-polarnet-0-base.py", 13_644_530),
     ],
 )
 def test_published_sizes(name, parameters):

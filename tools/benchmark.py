@@ -44,7 +44,13 @@ import pointcept_kd
 from pointcept_kd.data.semantic_kitti import read_scan
 from pointcept_kd.host import DATASETS, MODELS, InputError
 from pointcept_kd.host.batches import EpochBatchSampler, build_loader, random_state
-from pointcept_kd.host.checkpoint import load_checkpoint, load_into, student_weights, write_atomic
+from pointcept_kd.host.checkpoint import (
+    check_grids,
+    load_checkpoint,
+    load_into,
+    student_weights,
+    write_atomic,
+)
 from pointcept_kd.host.config import Config, fill_defaults
 from pointcept_kd.host.dialect import parse_options
 from pointcept_kd.host.hooks import compare as compare_labels
@@ -360,7 +366,9 @@ def _build(cfg: Any, weight: str | Path | None, device: torch.device) -> nn.Modu
     with random_state(_seed(cfg)):
         model: nn.Module = MODELS.build(plain_model(cfg["model"]))
     if weight is not None:
-        weights = student_weights(load_checkpoint(weight)["state_dict"])
+        checkpoint = load_checkpoint(weight)
+        check_grids(model, checkpoint, weight)
+        weights = student_weights(checkpoint["state_dict"])
         load_into(model, weights, strict=True, source=weight)
     return model.to(device).eval()
 

@@ -44,6 +44,7 @@ from pointcept_kd.data.pictures import IGNORED, birdseye_png
 from pointcept_kd.data.transforms import INDEX_VALID_KEYS
 from pointcept_kd.host import MODELS, InputError, one_line
 from pointcept_kd.host.checkpoint import (
+    check_grids,
     load_checkpoint,
     load_into,
     student_weights,
@@ -193,6 +194,7 @@ class Labeller:
         checkpoint = load_checkpoint(weight)
         plain = plain_model(model_cfg)
         network = MODELS.build(plain)
+        check_grids(network, checkpoint, weight)
         load_into(network, student_weights(checkpoint["state_dict"]), strict=True, source=weight)
         names = class_names(data) if "num_classes" in data else []
         return cls(

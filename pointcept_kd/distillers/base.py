@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pointcept_kd.host import MODELS, TERMS, InputError, kd
-from pointcept_kd.host.checkpoint import load_checkpoint, load_into, student_weights
+from pointcept_kd.host.checkpoint import (
+    check_grids,
+    load_checkpoint,
+    load_into,
+    student_weights,
+)
 from pointcept_kd.host.hooks import HookBase
 
 from .taps import Activation, Taps, full_precision
@@ -48,6 +53,10 @@ class Term(nn.Module):
     def taps(self) -> tuple[set[str], set[str]]:
         """Names of the student's and the teacher's taps that this term reads, `logits` aside."""
         return set(), set()
+
+    def watched(self) -> dict[str, Tensor]:
+        """What to log of the last step beside the loss, once per epoch: 0-dim tensors by name."""
+        return {}
 
 
 def _with_logits(network: nn.Module, taps: Mapping[str, str] | None) -> dict[str, str]:
@@ -88,7 +97,9 @@ class Teacher:
             )
         if weight != RANDOM:
             # A teacher may itself have been distilled; every key of it must be met.
-            weights = student_weights(load_checkpoint(weight)["state_dict"])
+            checkpoint = load_checkpoint(weight)
+            check_grids(self.network, checkpoint, f"teacher {name}: {weight}")
+            weights = student_weights(checkpoint["state_dict"])
             load_into(self.network, weights, min_match=1.0, source=f"teacher {name}: {weight}")
             logging.getLogger("pointcept_kd").info("Teacher %s: weights of %s", name, weight)
         self.network.requires_grad_(False).eval()
@@ -267,6 +278,19 @@ class Distiller(nn.Module, HookBase):
             assert teacher.cache is not None  # set by `check`
             workers = self.trainer.cfg["num_worker_per_gpu"]
             teacher.cache.fill(teacher, self._view, self.trainer.device, workers)
+
+    def after_epoch(self) -> None:
+        """Log what the terms watch, as of the epoch's last step."""
+        for name, term in self.terms.items():
+            assert isinstance(term, Term)
+            seen = {key: float(value) for key, value in term.watched().items()}
+            if not seen:
+                continue
+            text = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
+            self.trainer.logger.info(f"Term {name}: {text}")
+            if self.trainer.writer is not None:
+                for key, value in seen.items():
+                    self.trainer.writer.add_scalar(f"{name}/{key}", value, self.trainer.epoch + 1)
 
     # -- running -------------------------------------------------------------------------------
 

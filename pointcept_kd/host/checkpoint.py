@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, read without running foreign code, matched with a report.
 
-A file holds `epoch`, `state_dict`, `optimizer`, `scheduler`, `scaler` and `best_metric_value`, as Pointcept's do. It is
-written to a temporary name first, so a run that is killed while saving leaves the previous file as it was.
+A file holds `epoch`, `state_dict`, `optimizer`, `scheduler`, `scaler` and `best_metric_value`, as Pointcept's do, and
+`grids`, where the network cuts points into cells by a grid of its own. It is written to a temporary name first, so a
+run that is killed while saving leaves the previous file as it was.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from pointcept_kd.ops.grid import Partition
 
 from .errors import InputError
 
@@ -169,6 +172,49 @@ def student_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     plain = clean_state_dict(state_dict)
     distilled = any(key.startswith("student.") for key in plain)
     return clean_state_dict(plain, "student.") if distilled else plain
+
+
+def plain_grid(grid: Partition) -> dict[str, Any]:
+    """A grid as plain lists, numbers and names."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(grid).items()}
+
+
+def grids_of(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The grids by which modules of a network cut points into cells, by module path; plain values.
+
+    Weights fit any grid and are of use on one alone, so files carry it: their `grids`.
+    """
+    return {
+        path: plain_grid(module.partition)
+        for path, module in unwrap(model).named_modules()
+        if isinstance(getattr(module, "partition", None), Partition)
+    }
+
+
+def check_grids(
+    model: nn.Module, checkpoint: Mapping[str, Any], source: str | Path = "the checkpoint"
+) -> None:
+    """Refuse weights that were trained on another grid than the network's; files that name none pass.
+
+    Args:
+        checkpoint: of the network itself, or of a distiller whose student it is.
+
+    Raises:
+        InputError: naming both.
+    """
+    known = checkpoint.get("grids") or {}
+    for path, grid in grids_of(model).items():
+        trained = known.get(path, known.get(f"student.{path}"))
+        if trained is None or trained == grid:
+            continue
+        differ = ", ".join(
+            f"{key}={trained.get(key)!r} (here {value!r})"
+            for key, value in grid.items()
+            if trained.get(key) != value
+        )
+        raise InputError(
+            f"{source} was trained on another grid at {path}: {differ}; set that as partition in the config"
+        )
 
 
 @dataclass(frozen=True)

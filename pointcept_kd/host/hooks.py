@@ -21,7 +21,9 @@ import torch
 
 from . import HOOKS, PROVIDER, TESTERS, comm, kd, pointcept_class, stand_in
 from .checkpoint import (
+    check_grids,
     copy_atomic,
+    grids_of,
     load_checkpoint,
     load_into,
     rename_keys,
@@ -111,6 +113,7 @@ class CheckpointLoader(HookBase, pointcept_class(HOOKS, "CheckpointLoader")):
             return
         checkpoint = load_checkpoint(weight)
         weights = rename_keys(checkpoint["state_dict"], self.keywords, self.replacement)
+        check_grids(self.trainer.model, checkpoint, weight)
         report = load_into(
             self.trainer.model,
             weights,
@@ -439,10 +442,15 @@ class CheckpointSaver(HookBase, pointcept_class(HOOKS, "CheckpointSaver")):
             "scaler": trainer.scaler.state_dict() if trainer.scaler is not None else None,
             "best_metric_value": float(trainer.best_metric_value),
         }
+        if grids := grids_of(model):
+            state["grids"] = grids
         folder = Path(trainer.cfg["save_path"]) / "model"
         numbered = self.save_freq and epoch % self.save_freq == 0
         if hasattr(model, "export_state_dict"):
             student = {"epoch": epoch, "state_dict": model.export_state_dict()}
+            if grids := grids_of(model):
+                inside = ((path.partition("student."), grid) for path, grid in grids.items())
+                student["grids"] = {rest: grid for (_, found, rest), grid in inside if found}
             self._write(student, folder, ["student_best.pth"] * best + ["student_last.pth"])
         # The last file comes last: it is what a killed run goes on from, and going on writes the others again.
         names = ["model_best.pth"] * best + [f"epoch_{epoch}.pth"] * bool(numbered)

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from . import DATASETS, MODELS, TESTERS, comm, kd, pointcept_class, stand_in
 from .batches import EpochBatchSampler, build_loader, first
-from .checkpoint import load_checkpoint, load_into, student_weights, unwrap, write_atomic
+from .checkpoint import (
+    check_grids,
+    load_checkpoint,
+    load_into,
+    student_weights,
+    unwrap,
+    write_atomic,
+)
 from .config import default_setup
 from .errors import InputError
 from .hooks import compare, progress
@@ -186,6 +193,7 @@ class SemSegTester(pointcept_class(TESTERS, "SemSegTester")):
             )
         checkpoint = load_checkpoint(weight)
         model = MODELS.build(plain_model(self.cfg["model"]))
+        check_grids(model, checkpoint, weight)
         report = load_into(
             model, student_weights(checkpoint["state_dict"]), strict=True, source=weight
         )

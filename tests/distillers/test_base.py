@@ -1,5 +1,7 @@
 """The distiller around small networks: what it returns, what it leaves alone, what it saves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -246,3 +248,30 @@ def test_the_batch_is_left_alone():
     keys = set(data)
     model(data)
     assert set(data) == keys
+
+
+class Watching(Term):
+    """Has something to say once per epoch."""
+
+    def forward(self, student, teacher, batch):
+        self.seen = student["logits"].feat.detach().std()
+        return student["logits"].feat.square().mean()
+
+    def watched(self):
+        return {"deviation": self.seen}
+
+
+def test_what_terms_watch_is_logged_once_per_epoch():
+    TERMS.register_module("TestWatching", module=Watching, force=True)
+    model = make(dict(watch=dict(type="TestWatching"), kl=dict(type="kd.LogitKL"))).train()
+    model(batch())
+    lines, scalars = [], []
+    model.trainer = SimpleNamespace(
+        epoch=2,
+        logger=SimpleNamespace(info=lines.append),
+        writer=SimpleNamespace(add_scalar=lambda *args: scalars.append(args)),
+    )
+    model.after_epoch()
+    seen = float(model.terms["watch"].seen)
+    assert lines == [f"Term watch: deviation {seen:.4g}"]
+    assert scalars == [("watch/deviation", seen, 3)]

@@ -12,14 +12,17 @@ from torch import nn
 
 from pointcept_kd.host import InputError
 from pointcept_kd.host.checkpoint import (
+    check_grids,
     clean_state_dict,
     copy_atomic,
+    grids_of,
     load_checkpoint,
     load_into,
     rename_keys,
     save_atomic,
     student_weights,
 )
+from pointcept_kd.ops.grid import Partition
 
 
 def net(width=3):
@@ -204,3 +207,26 @@ def test_too_few_matches():
     assert load_into(net(), half).share == 0.5
     with pytest.raises(InputError, match="only 2 of 4"):
         load_into(net(), half, min_match=0.6)
+
+
+class Gridded(torch.nn.Module):
+    """Cuts points by a grid of its own."""
+
+    def __init__(self, high=50.0):
+        super().__init__()
+        self.cells = torch.nn.Module()
+        self.cells.partition = Partition((0.0, -3.0, -4.0), (high, 3.0, 2.0), (8, 8, 4))
+        self.head = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("prefix", ["", "student."])
+def test_weights_of_another_grid_are_refused(tmp_path, prefix):
+    model = Gridded()
+    grids = {f"{prefix}{path}": grid for path, grid in grids_of(model).items()}
+    assert list(grids) == [f"{prefix}cells"]
+    save_atomic({"state_dict": model.state_dict(), "grids": grids}, tmp_path / "a.pth")
+    checkpoint = load_checkpoint(tmp_path / "a.pth")
+    check_grids(Gridded(), checkpoint)
+    check_grids(Gridded(60.0), {"state_dict": {}})  # files that name no grid
+    with pytest.raises(InputError, match=r"a\.pth was trained on another grid at cells: high=\[50"):
+        check_grids(Gridded(60.0), checkpoint, tmp_path / "a.pth")

@@ -1,5 +1,6 @@
 """Segment reductions against plain loops, gradients, ties, NaN, empty segments."""
 
+import itertools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from pointcept_kd.ops.scatter import (
     segment_mean,
     segment_softmax,
     segment_sum,
+    sorted_segment_max,
 )
 
 SIZE = 7
@@ -157,3 +159,168 @@ def test_bad_segment_numbers():
                 operation(values, index, 3)
         with pytest.raises(ValueError, match="segment numbers"):
             segment_count(index, 3)
+
+
+# --- runs of neighbouring rows --------------------------------------------------------------------
+
+COUNTS = (3, 1, 0, 5, 2, 4)
+
+
+def run_example(channels: int = 4, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct values in the runs of COUNTS, one of them empty."""
+    g = torch.Generator().manual_seed(2)
+    values = torch.randperm(sum(COUNTS) * channels, generator=g).to(dtype) - 20
+    return values.view(-1, channels).requires_grad_(), torch.tensor(COUNTS)
+
+
+def runs() -> list[range]:
+    ends = list(itertools.accumulate(COUNTS))
+    return [range(end - count, end) for end, count in zip(ends, COUNTS)]
+
+
+def loop_gradient(values: torch.Tensor, grad: torch.Tensor) -> list[list[float]]:
+    """Equal maxima of a run share what its maximum gets."""
+    values, grad = values.detach(), grad.detach()
+    out = [[0.0] * values.shape[1] for _ in values]
+    for segment, rows in enumerate(runs()):
+        for channel in range(values.shape[1]):
+            column = {i: float(values[i, channel]) for i in rows}
+            first = [i for i in rows if column[i] == max(column.values())]
+            for i in first:
+                out[i][channel] = float(grad[segment, channel]) / len(first)
+    return out
+
+
+@pytest.mark.parametrize("piece", [1, 12, 2**18])
+@pytest.mark.parametrize("levels", [1000, 6, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sorted_max_against_loops(dtype, levels, piece, monkeypatch):
+    """No ties, some, and nothing but ties; pieces that end inside a run."""
+    monkeypatch.setattr(scatter, "_PIECE", piece)
+    values, counts = run_example(dtype=dtype)
+    values = (values.detach() % levels).requires_grad_()
+    out = sorted_segment_max(values, counts)
+    assert out.dtype == dtype
+    plain = values.tolist()
+    for segment, rows in enumerate(runs()):
+        expected = [max((plain[i][c] for i in rows), default=0.0) for c in range(4)]
+        assert out[segment].tolist() == expected
+    # Sixty is a multiple of every number of ties here, so that halves are exact in every dtype.
+    grad = 60 * torch.arange(1.0, 25).view(6, 4).to(dtype)
+    (d_values,) = torch.autograd.grad(out, values, grad)
+    assert d_values.dtype == dtype
+    expected = torch.tensor(loop_gradient(values, grad), dtype=torch.float64)
+    torch.testing.assert_close(d_values.double(), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(sorted_segment_max(values, counts), out)
+
+
+def test_sorted_max_by_hand_with_ties():
+    values = torch.tensor([[0.0, -4.0], [1.0, 5.0], [3.0, 5.0], [3.0, 2.0]], requires_grad=True)
+    out = sorted_segment_max(values, torch.tensor([1, 3]))
+    assert out.tolist() == [[0.0, -4.0], [3.0, 5.0]]
+    out.backward(torch.tensor([[10.0, 20.0], [6.0, 8.0]]))
+    assert values.grad is not None
+    assert values.grad.tolist() == [[10.0, 20.0], [0.0, 4.0], [3.0, 4.0], [3.0, 0.0]]
+
+
+@pytest.mark.parametrize("ties", ["none", "few", "many"])
+def test_sorted_max_is_that_of_any_order(ties):
+    """As `segment_max` in value and gradient, however many runs have ties; some are longer than a piece."""
+    g = torch.Generator().manual_seed(3)
+    counts = torch.randint(1, 9, (700,), generator=g)
+    counts[5] = 4000
+    values = torch.randn(int(counts.sum()), 128, generator=g)
+    if ties == "few":
+        values[1:3] = values[0]
+        values[int(counts[:5].sum()) :][[7, 3000], 3] = 9.0
+    elif ties == "many":
+        values = values.relu()
+    values.requires_grad_()
+    grad = torch.randn(700, 128, generator=g)
+    index = torch.arange(700).repeat_interleave(counts)
+    out, expected = sorted_segment_max(values, counts), segment_max(values, index, 700)
+    assert torch.equal(out, expected)
+    both = [torch.autograd.grad(o, values, grad)[0] for o in (out, expected)]
+    torch.testing.assert_close(*both, rtol=1e-6, atol=0)
+
+
+def test_sorted_max_gradcheck():
+    values, counts = run_example()
+    assert torch.autograd.gradcheck(lambda v: sorted_segment_max(v, counts), values)
+    out = sorted_segment_max(values, counts).square().sum()
+    (d_values,) = torch.autograd.grad(out, values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        d_values.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 300])
+def test_sorted_max_passes_nan_on(dtype, channels):
+    values = torch.ones(5, channels, dtype=dtype)
+    values[:, 0] = torch.tensor([1.0, torch.nan, 2.0, 3.0, torch.nan])
+    values.requires_grad_()
+    out = sorted_segment_max(values, torch.tensor([2, 2, 1]))
+    assert out[:, 0].isnan().tolist() == [True, False, True]
+    out.sum().backward()
+    assert values.grad is not None
+    assert values.grad[:, 0].isnan().tolist() == [True, True, False, False, True]
+    assert values.grad[2:4, 0].tolist() == [0.0, 1.0]
+    assert bool(values.grad[:, 1:].isfinite().all())
+
+
+def test_sorted_max_of_infinities():
+    values = torch.tensor([[torch.inf, -torch.inf], [0.0, -torch.inf]], requires_grad=True)
+    out = sorted_segment_max(values, torch.tensor([2]))
+    assert out.tolist() == [[torch.inf, -torch.inf]]
+    out.backward(torch.ones(1, 2))
+    assert values.grad is not None
+    assert values.grad.tolist() == [[1.0, 0.5], [0.0, 0.5]]
+
+
+def test_sorted_max_of_strided_values():
+    """Neither the values nor the gradient need lie side by side in memory."""
+    values, counts = run_example()
+    flipped = values.detach().t().contiguous().t().requires_grad_()
+    assert not flipped.is_contiguous()
+    grad = torch.randn(1, 4, dtype=torch.float64).expand(6, 4)
+    both = [
+        torch.autograd.grad(sorted_segment_max(v, counts), v, grad)[0] for v in (values, flipped)
+    ]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("counts", [[], [0, 0]])
+@pytest.mark.parametrize("channels", [0, 4])
+def test_sorted_max_of_no_rows(counts, channels):
+    values = torch.zeros(0, channels, requires_grad=True)
+    out = sorted_segment_max(values, torch.tensor(counts, dtype=torch.int64))
+    assert out.tolist() == [[0.0] * channels] * len(counts)
+    out.sum().backward()
+    assert values.grad is not None
+    assert values.grad.shape == (0, channels)
+
+
+def test_sorted_max_of_bad_counts():
+    for counts in ([1, 2], [5], [-1, 5], []):
+        with pytest.raises(ValueError, match="counts must be 0 or more and add up to 4 rows"):
+            sorted_segment_max(torch.zeros(4, 2), torch.tensor(counts, dtype=torch.int64))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("levels", [1000, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sorted_max_on_cuda(dtype, levels):
+    """Values and gradient to the bit those of the CPU."""
+    values, counts = run_example(dtype=dtype)
+    values = values.detach() % levels
+    values[4, 0] = torch.nan
+    grad = 60 * torch.arange(1.0, 25).view(6, 4).to(dtype)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = values.to(device).requires_grad_()
+        out = sorted_segment_max(leaf, counts.to(device))
+        (d_leaf,) = torch.autograd.grad(out, leaf, grad.to(device))
+        found += [out.detach().cpu(), d_leaf.cpu()]
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(found[1], found[3], rtol=0, atol=0, equal_nan=True)

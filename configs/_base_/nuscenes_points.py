@@ -1,0 +1,9 @@
+"""nuScenes, whole key frames without a voxel grid."""
+
+_base_ = ["nuscenes.py", "points.py"]
+
+data = dict(
+    train=dict(transform={{_base_.points_train}}),
+    val=dict(transform={{_base_.points_evaluate}}),
+    test=dict(transform={{_base_.points_evaluate}}),
+)
