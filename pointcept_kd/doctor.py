@@ -35,6 +35,7 @@ REQUIRED = {
 OPTIONAL = {
     "embreex": ("embreex", "sim", "ray casting: simulated streets, and with them the demo"),
     "gudhi": ("gudhi", "topology", "loops and voids (H1, H2) in kd.Topology"),
+    "onnxruntime": ("onnxruntime", "onnx", "running exported students; with onnx, exporting them"),
     "PIL": ("pillow", "images", "reading camera images"),
     "tensorboard": ("tensorboard", "log", "TensorBoard event files; log.jsonl is always written"),
     "flash_attn": ("flash-attn", "flash", "attention kernels on CUDA, where a network asks for them"),

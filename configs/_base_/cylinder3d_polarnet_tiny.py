@@ -22,8 +22,8 @@ student_model = dict(
         partition=__partition,
         point_channels=(16, 32, 64, 64),
         compressed=16,
-        base=8,
-        drop_block=dict(size=5, probability=0.1),
+        base=16,
+        drop_block=dict(size=5, probability=0.0),
     ),
     criteria=[
         dict(type="CrossEntropyLoss", loss_weight=1.0, ignore_index=0),
@@ -32,11 +32,11 @@ student_model = dict(
 )
 
 __channels = dict(
-    enc2=dict(channels=(16, 24)),
-    enc8=dict(channels=(64, 96)),
-    dec8=dict(channels=(32, 192)),
-    dec2=dict(channels=(8, 48)),
-    labels=dict(channels=(8, 24), frequencies="running", num_classes=19, vote_labelled=True),
+    enc2=dict(channels=(32, 24)),
+    enc8=dict(channels=(128, 96)),
+    dec8=dict(channels=(64, 192)),
+    dec2=dict(channels=(16, 48)),
+    labels=dict(channels=(16, 24), frequencies="running", num_classes=19, vote_labelled=True),
 )
 bev_terms = __channels
 bev_paper_terms = __channels

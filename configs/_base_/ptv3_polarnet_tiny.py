@@ -19,8 +19,8 @@ student_model = dict(
         ),
         point_channels=(16, 32, 64, 64),
         compressed=16,
-        base=8,
-        drop_block=dict(size=5, probability=0.1),
+        base=16,
+        drop_block=dict(size=5, probability=0.0),
     ),
     criteria=[
         dict(type="CrossEntropyLoss", loss_weight=1.0, ignore_index=-1),

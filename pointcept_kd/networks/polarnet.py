@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pointcept_kd.host import InputError, kd
-from pointcept_kd.ops.grid import Groups, Partition
+from pointcept_kd.ops.grid import Groups, Partition, merge_groups
 
 from .voxels import (
     PointCells,
@@ -34,12 +34,6 @@ PARTITION = dict(low=(3.0, -math.pi, -3.0), high=(50.0, math.pi, 1.5), shape=(48
 LEVELS = (1, 2, 4, 8, 8)
 SMALLEST = 32  # cells along an axis: the fourth halving still leaves two
 SLOPE = 0.01
-
-
-def wraps(partition: Partition) -> bool:
-    """Whether the second axis of the grid is a whole circle, so that its two ends are neighbours."""
-    around = partition.high[1] - partition.low[1]
-    return partition.frame == "cylindrical" and abs(around - 2 * math.pi) < 1e-3
 
 
 class RingConv(nn.Sequential):
@@ -310,7 +304,7 @@ class PolarNet(nn.Module):
             self.partition.out_channels, point_channels[:-1], point_channels[-1], compressed
         )
         network = BirdsEyeUNet(
-            compressed, grid.shape[2] * num_classes, base, wraps(grid), drop_block or {}
+            compressed, grid.shape[2] * num_classes, base, grid.full_circle, drop_block or {}
         )
         self.BEV_model = nn.ModuleDict({"network": network})
 
@@ -343,16 +337,13 @@ class PolarNet(nn.Module):
         grid = self.partition.partition
         points = self.partition(batch)
         voxels, indices = voxel_groups(points, grid)
-        # Voxels in ascending order are pillars in ascending order: no second sort.
-        keys, pillar = torch.unique_consecutive(voxels.keys // grid.shape[2], return_inverse=True)
-        counts = torch.zeros_like(keys).index_add_(0, pillar, voxels.counts)
-        columns = Groups(keys, voxels.order, counts, pillar[voxels.inverse])
+        columns, _ = merge_groups(voxels, grid.shape[2])
         cap = self.max_points if self.training else 0
         features = encode_points(self.PPmodel, self.fea_compression, points.features, columns, cap)
         r, p, _ = grid.shape
         empty = features.new_zeros(points.batch_size * r * p, features.shape[1])
         # Channels are the last axis in memory, which convolutions on the CPU prefer.
-        pillar_map = empty.index_copy(0, keys, features).view(points.batch_size, r, p, -1)
+        pillar_map = empty.index_copy(0, columns.keys, features).view(points.batch_size, r, p, -1)
         return self.network(pillar_map.permute(0, 3, 1, 2)), voxels, indices
 
 

@@ -22,6 +22,7 @@ from pointcept_kd.ops.sparse import SparseConvTensor
 from .layers import BatchNorm, Linear, check_features
 
 GEOMETRY = 8  # columns that the partition adds in place of the coordinates
+_BLOCK = 2048  # points encoded at a time in evaluation on a CPU
 
 
 def build_partition(cfg: Mapping[str, Any] | Partition) -> Partition:
@@ -33,12 +34,7 @@ def build_partition(cfg: Mapping[str, Any] | Partition) -> Partition:
     if isinstance(cfg, Partition):
         return cfg
     try:
-        given = dict(cfg)
-        low, high = (tuple(float(v) for v in given.pop(name)) for name in ("low", "high"))
-        shape = tuple(int(v) for v in given.pop("shape"))
-        return Partition(low, high, shape, **given)  # type: ignore[arg-type]
-    except KeyError as error:
-        raise InputError(f"partition={dict(cfg)!r}: {error.args[0]} is missing") from error
+        return Partition(**cfg)
     except (TypeError, ValueError) as error:
         raise InputError(f"partition={dict(cfg)!r}: {error}") from error
 
@@ -81,7 +77,7 @@ class PointCells(nn.Module):
             raise InputError(f"coord has values that are not finite, first in row {row}")
         framed = self.partition.to_frame(coord)
         cells = self.partition.cells(framed)
-        away = framed - self.partition.centres(cells)
+        away = self.partition.offsets(framed, cells)
         if self.partition.frame == "cylindrical":
             other = coord[:, :2]
         else:
@@ -131,7 +127,19 @@ def encode_points(
         order = order[torch.arange(len(order), device=order.device) - begin < cap]
         counts = counts.clamp(max=cap)
     # Sorted before the layers: a row has few columns there.
-    return compression(sorted_segment_max(layers(features[order]), counts))
+    features = features[order]
+    if torch.is_grad_enabled() or layers.training or features.is_cuda or not len(features):
+        return compression(sorted_segment_max(layers(features), counts))
+    # Block by block what lies between the layers stays in the cache, and the widest map never exists.
+    highest = None
+    for rows, place in zip(features.split(_BLOCK), groups.inverse[order].split(_BLOCK)):
+        first = int(place[0])
+        part = sorted_segment_max(layers(rows), torch.bincount(place - first))
+        if highest is None:
+            highest = part.new_full((len(counts), part.shape[1]), -torch.inf)
+        span = highest[first : first + len(part)]
+        torch.maximum(span, part, out=span)
+    return compression(highest)
 
 
 class VoxelScores(NamedTuple):

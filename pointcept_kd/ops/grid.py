@@ -10,6 +10,9 @@ with `l` the lowest cell and `e` the number of cells along each axis. Keys order
 (batch, x, y, z), and moving by one cell adds a constant to the key. `pad` widens the box on every
 side, so that a cell within `pad` steps of a fitted one still has a key of its own: without it the
 step over the end of an axis would land on a cell of the next column or of the next scan.
+
+`CellKeys` fits the cells that occur. A `Partition` has bounds of its own, as cylindrical and pillar networks do; points
+are sorted by its keys once (`group_rows`), and the voxels so found merge into pillars without another sort.
 """
 
 import math

@@ -18,7 +18,6 @@ from pointcept_kd.networks.polarnet import (
     RingConv,
     Up,
     VoxelHead,
-    wraps,
 )
 from pointcept_kd.networks.voxels import build_partition
 
@@ -485,10 +484,10 @@ def test_circle_or_not():
     def grid(**changes):
         return build_partition({**PARTITION, **changes})
 
-    assert wraps(grid())
-    assert wraps(grid(low=(0, -3.1415926, -4), high=(50, 3.1415926, 2)))
-    assert not wraps(grid(low=(3, -1.5, -3), high=(50, 1.5, 1.5)))
-    assert not wraps(grid(low=(3, -math.pi, -3), frame="cartesian"))
+    assert grid().full_circle
+    assert grid(low=(0, -3.1415926, -4), high=(50, 3.1415926, 2)).full_circle
+    assert not grid(low=(3, -1.5, -3), high=(50, 1.5, 1.5)).full_circle
+    assert not grid(low=(3, -math.pi, -3), frame="cartesian").full_circle
     for partition, ring in ((RING, True), (BOX, False)):
         layers = [m for m in small(partition=partition).modules() if isinstance(m, RingConv)]
         assert len(layers) == 18

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pointcept_kd.host import InputError
+from pointcept_kd.networks import voxels
 from pointcept_kd.networks.voxels import (
     PointCells,
     PointScores,
@@ -83,6 +84,21 @@ def test_the_encoder_against_a_loop():
     for row, key in enumerate(sorted(set(keys.tolist()))):
         rows = torch.stack([layers(features[i : i + 1])[0] for i in range(40) if keys[i] == key])
         torch.testing.assert_close(found[row : row + 1], compression(rows.max(0).values[None]))
+
+
+def test_blocks_change_nothing(monkeypatch):
+    """In evaluation points are encoded block by block; a group may begin in one block and end two later."""
+    torch.manual_seed(0)
+    layers, compression = point_layers(9, (8, 12, 16), 20, 5)
+    layers.eval()
+    features = torch.randn(500, 9)
+    groups = group_rows(torch.tensor([0] * 1 + [3] * 250 + [4] * 2 + [9] * 247))
+    monkeypatch.setattr(voxels, "_BLOCK", 64)
+    with torch.no_grad():
+        found = encode_points(layers, compression, features, groups)
+    whole = encode_points(layers, compression, features, groups)
+    assert whole.requires_grad
+    torch.testing.assert_close(found, whole.detach(), atol=1e-6, rtol=1e-6)
 
 
 def test_published_sizes_of_the_encoder():
