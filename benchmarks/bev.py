@@ -18,6 +18,8 @@ opponents are written here from the description of the published pipeline (Cylin
 - Losses with their gradient: weighted cross entropy and Lovasz-softmax on majority labels, and logit distillation, on
   the scores of occupied cells. Opponent: the same sums over a dense volume of scores. CPU seconds, and the memory taken
   on top of the scores, each from a process of its own; that the scores of the volume take more is not counted.
+- Networks: the teacher, the student, and the student exported to ONNX (extra `onnx`), from points to labels, with
+  random weights and normalisation statistics of the scan. ONNX's labels are checked against PyTorch's.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +44,11 @@ from torch.nn import functional as F
 from benchmarks.ops import Row, environment, least_ms, scene, table
 from pointcept_kd.data.semantic_kitti import LEARNING_MAP, map_labels
 from pointcept_kd.distillers.logits import logit_kl
+from pointcept_kd.host import MODELS, InputError
+from pointcept_kd.host.config import Config
 from pointcept_kd.host.criteria import build_criteria
-from pointcept_kd.networks.voxels import PointCells, voxel_groups
+from pointcept_kd.networks.onnx_export import export_onnx, session
+from pointcept_kd.networks.voxels import PointCells, VoxelSegmentor, voxel_groups
 from pointcept_kd.ops.grid import Partition, group_rows, majority_label, merge_groups
 from pointcept_kd.ops.scatter import segment_max, sorted_segment_max
 
@@ -456,6 +462,82 @@ def time_losses(rounds: int) -> list[Row]:
 # --- report ---------------------------------------------------------------------------------------
 
 
+# --- networks -------------------------------------------------------------------------------------
+
+
+def networks(teacher: str, student: str) -> dict[str, VoxelSegmentor]:
+    """The networks of two configs with random weights, by name."""
+    built = {}
+    for name, config in (("Cylinder3D", teacher), ("PolarNet", student)):
+        torch.manual_seed(0)
+        built[name] = MODELS.build(Config.fromfile(str(ROOT / "configs" / config)).model)
+    return built
+
+
+@torch.no_grad()
+def settle(model: VoxelSegmentor, batch: dict[str, Tensor]) -> VoxelSegmentor:
+    """The network in evaluation, normalising by the statistics of this batch, so that labels differ."""
+    for module in model.modules():
+        if hasattr(module, "running_mean"):
+            module.momentum = 1.0
+    model.train()(batch)
+    return model.eval()
+
+
+@torch.no_grad()
+def time_networks(
+    scan: Scan,
+    seconds: float,
+    teacher: str = "semantic_kitti/semseg-cylinder3d-0-base.py",
+    student: str = "semantic_kitti/semseg-polarnet-0-base.py",
+) -> list[Row]:
+    """From points to labels."""
+    feat = torch.from_numpy(np.frombuffer(bytearray(scan.points), dtype=np.float32).reshape(-1, 4))
+    segment = torch.from_numpy(map_labels(np.frombuffer(scan.labels, dtype="<u4"))).long()
+    batch = dict(coord=feat[:, :3], feat=feat, offset=torch.tensor([len(feat)]))
+    models = {
+        name: settle(model, {**batch, "segment": segment})
+        for name, model in networks(teacher, student).items()
+    }
+    routes: dict[str, Callable[[], object]] = {
+        name: lambda m=model: m(batch)["seg_logits"].argmax(1) for name, model in models.items()
+    }
+    sizes = {
+        name: sum(p.numel() for p in model.parameters()) / 1e6 for name, model in models.items()
+    }
+    equal: dict[str, float] = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "student.onnx"
+            export_onnx(models["PolarNet"].backbone, path, void_class=True)
+            running = session(path, 1)
+    except InputError as error:
+        print(f"\nONNX skipped: {error}")
+    else:
+
+        def by_onnx() -> NDArray:
+            points = models["PolarNet"].backbone.partition(batch)
+            cells = points.indices[:, 1:].contiguous().numpy()
+            return running.run(["labels"], dict(features=points.features.numpy(), cells=cells))[0]
+
+        same = by_onnx() == models["PolarNet"](batch)["seg_logits"].argmax(1).numpy()
+        equal["PolarNet, ONNX"] = float(same.mean())
+        if same.mean() < 0.9999:
+            raise SystemExit(f"ONNX and PyTorch agree on {same.mean():.4%} of the points only")
+        routes["PolarNet, ONNX"], sizes["PolarNet, ONNX"] = by_onnx, sizes["PolarNet"]
+    least = least_ms({name: cpu_ms(route) for name, route in routes.items()}, seconds)
+    return [
+        {
+            "network": name,
+            "parameters (M)": sizes[name],
+            "ms": ms,
+            "Cylinder3D / this": least["Cylinder3D"] / ms,
+            "equal labels": equal.get(name, float("nan")),
+        }
+        for name, ms in least.items()
+    ]
+
+
 def main() -> None:
     """Run the sections and print them."""
     parser = argparse.ArgumentParser(
@@ -489,6 +571,7 @@ def main() -> None:
     section("Distinct cells", time_distinct(scan, seconds))
     section("Pillar maximum, forward + backward", time_maximum(scan, 4 * seconds))
     section("Losses, forward + backward", time_losses(1 if args.quick else 3))
+    section("Networks, points to labels", time_networks(scan, 8 * seconds))
     if args.out:
         part = args.out.with_name(args.out.name + ".part")
         part.write_text(json.dumps(report, indent=2, default=float) + "\n")

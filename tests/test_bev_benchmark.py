@@ -91,6 +91,18 @@ def test_the_worker_measures(scan, monkeypatch, capsys):
     assert seconds > 0
 
 
+def test_rows_of_the_networks(scan, capsys):
+    tiny = ("sim/semseg-cylinder3d-0-base_tiny.py", "sim/semseg-polarnet-0-base_tiny.py")
+    rows = bev.time_networks(scan, 0.0, *tiny)
+    assert [row["network"] for row in rows][:2] == ["Cylinder3D", "PolarNet"]
+    assert rows[0]["Cylinder3D / this"] == 1
+    assert all(row["ms"] > 0 for row in rows)
+    if len(rows) == 3:
+        assert rows[2]["equal labels"] >= 0.9999
+    else:
+        assert "pip install 'pointcept_kd[onnx]'" in capsys.readouterr().out
+
+
 def test_a_scan_is_simulated_where_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setenv("POINTCEPT_KD_SAMPLES", str(tmp_path))
     scan, source = bev.load_scan()

@@ -17,7 +17,8 @@ the inputs follow from x, y, z, strength (float32) so:
     2. size of a cell, float64: (high - low) / (shape - 1) for spacing `n_minus_1`, (high - low) / shape for `n`.
     3. cell, float64: floor((min(max(p, low), high) - low) / size), as an integer; divide, do not multiply by the
        inverse. For spacing `n`, the azimuth's cell modulo its number of cells and the others at most shape - 1.
-    4. features: p - ((cell + 0.5) size + low), computed in float64 and rounded to float32; p; then x, y (cylindrical)
+    4. features: p - ((cell + 0.5) size + low), computed in float64 and rounded to float32 (of the azimuth of a full
+       circle the short way round); p; then x, y (cylindrical)
        or sqrt(x x + y y), atan2(y, x) (Cartesian); then the strength and whatever columns of `feat` follow.
 
 The pillar maximum is written in one of two ways. `roi`: points are sorted by pillar, and MaxRoiPool takes the maximum
