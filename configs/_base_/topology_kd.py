@@ -29,6 +29,6 @@ recommended_terms = dict(
         distance=dict(h0="w2", h1="chamfer"),
         scale="mean",
         every=1,
-        weight=10.0,
+        weight=0.1,
     ),
 )

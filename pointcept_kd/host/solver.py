@@ -139,6 +139,8 @@ def check_schedule(state: Mapping[str, Any], scheduler: Any) -> None:
     Raises:
         InputError: for another length, other milestones or another number of parameter groups.
     """
+    for name, part in getattr(scheduler, "parts", {}).items():
+        check_schedule(state.get(name) or {}, part)
     remedy = (
         "keep epoch, batch_size, gradient_accumulation_steps and the data as they were, "
         "or start a new run from these weights with resume=False"
