@@ -11,8 +11,8 @@ _base_ = [
 ]
 
 save_path = "exp/sim_tiny/cylinder3d_to_polarnet"
-epoch = 24  # a bird's-eye U-Net learns slower than the networks of points
-eval_epoch = 6
+epoch = 16  # a bird's-eye U-Net learns slower than the networks of points
+eval_epoch = 4
 data = dict(train=dict(sequences=["03", "04", "05"], label_fraction=0.01))
 model = dict(
     type="kd.Distiller",

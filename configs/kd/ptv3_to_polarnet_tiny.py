@@ -7,8 +7,8 @@ _base_ = [
 ]
 
 save_path = "exp/sim_tiny/ptv3_to_polarnet"
-epoch = 24
-eval_epoch = 6
+epoch = 16
+eval_epoch = 4
 data = dict(train=dict(sequences=["03", "04", "05"], label_fraction=0.01))
 model = dict(
     type="kd.Distiller",

@@ -7,7 +7,7 @@ _base_ = [
 ]
 
 save_path = "exp/sim_tiny/semseg-polarnet-1-voxels"
-epoch = 24
-eval_epoch = 6
+epoch = 16
+eval_epoch = 4
 data = dict(train=dict(sequences=["03", "04", "05"], label_fraction=0.01))
 model = {{_base_.student_model}}
