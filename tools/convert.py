@@ -4,9 +4,14 @@
     python tools/convert.py polarnet ours_test_61.1.pt --out weights/polarnet.pth --keys
     python tools/convert.py polarnet SemKITTI_PolarSeg.pt --out weights/polarseg.pth --range student
     python tools/convert.py cylinder3d mine.pt --out mine.pth --range 0 -3.1415926 -4 50 3.1415926 2 --shape 480 360 32
+    python tools/convert.py lidiff diff_net.ckpt --out weights/lidiff.pth
+    python tools/convert.py refiner refine_net.ckpt --out weights/refiner.pth
+    python tools/convert.py distillationdpo distillationdpo_st.ckpt --out weights/dpo_student.pth --part student
 
 Says what became of every entry of the file, and prints the model to put into a config. Weights know nothing of the
-grid that they were trained on and are of no use on another one: --range and --shape name it, the checkpoint keeps it.
+grid that they were trained on and are of no use on another one: where a network has a choice, --range and --shape name
+it, and the checkpoint keeps it. Networks that complete scans have one cell size, and their files may hold several of
+them: --part names the one to take.
 Nothing is converted in part: an unknown layout, a key too many or too few and a number that is not finite are errors.
 """
 
@@ -35,6 +40,12 @@ from pointcept_kd.networks.released import (
     ConversionReport,
     convert_cylinder3d,
     convert_polarnet,
+)
+from pointcept_kd.networks.released_completion import (
+    LAYOUTS,
+    convert_completion,
+    convert_refiner,
+    read_tensors,
 )
 from pointcept_kd.networks.voxels import build_partition
 
@@ -166,6 +177,43 @@ def _polarnet(args: argparse.Namespace) -> Converted:
     return _segmentor("kd.PolarNet", weights, report, partition)
 
 
+def _part_options(kind: str) -> Callable[[argparse.ArgumentParser], None]:
+    parts = tuple(LAYOUTS[kind].denoisers)
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--part",
+            choices=parts,
+            default=parts[0],
+            help=f"the denoiser to take (default {parts[0]})",
+        )
+
+    return add
+
+
+def _completion(args: argparse.Namespace) -> Converted:
+    state_dict = read_tensors(args.file)
+    with naming(args.file):
+        weights, report = convert_completion(state_dict, args.command, args.part)
+    # How the published numbers of the distilled students were sampled; those of teachers are the model's defaults.
+    sampled = dict(steps=8, guidance=3.5) if args.part == "student" else {}
+    model = dict(
+        type="kd.DiffusionCompletion",
+        encoder=dict(type="kd.ConditionEncoder", **report.network),
+        denoiser=dict(type="kd.Denoiser", **report.network),
+        **sampled,
+    )
+    return Converted(weights, model, str(report), report.fates())
+
+
+def _refiner(args: argparse.Namespace) -> Converted:
+    state_dict = read_tensors(args.file)
+    with naming(args.file):
+        weights, report = convert_refiner(state_dict)
+    model = dict(type="kd.Refiner", **report.network)
+    return Converted(weights, model, str(report), report.fates())
+
+
 COMMANDS = {
     "cylinder3d": Command(
         "Cylinder3D and PVKD, trained with spconv 1", _cylinder3d_options, _cylinder3d
@@ -174,6 +222,20 @@ COMMANDS = {
         "PolarNet: distilled students, and PolarSeg with one class less",
         _polarnet_options,
         _polarnet,
+    ),
+    "lidiff": Command(
+        "LiDiff: encoder and denoiser, also those fine-tuned on preferences",
+        _part_options("lidiff"),
+        _completion,
+    ),
+    "refiner": Command("LiDiff's refiner, which all three methods use", lambda _: None, _refiner),
+    "scorelidar": Command(
+        "ScoreLiDAR: encoder and one of its denoisers", _part_options("scorelidar"), _completion
+    ),
+    "distillationdpo": Command(
+        "Distillation-DPO: encoder and one of its denoisers",
+        _part_options("distillationdpo"),
+        _completion,
     ),
 }
 
