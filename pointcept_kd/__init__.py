@@ -66,7 +66,7 @@ if _is_command():
     __all__ = ["__version__"]
 else:
     try:
-        from . import data, distillers, engine, host, networks, ops
+        from . import completion, data, distillers, engine, host, networks, ops
     except ValueError as _error:
         # A host that cannot be had: its own class of errors cannot be imported without it.
         if type(_error).__name__ == "InputError":
@@ -76,4 +76,13 @@ else:
 
     _load_plugins()
 
-    __all__ = ["__version__", "data", "distillers", "engine", "host", "networks", "ops"]
+    __all__ = [
+        "__version__",
+        "completion",
+        "data",
+        "distillers",
+        "engine",
+        "host",
+        "networks",
+        "ops",
+    ]

@@ -367,6 +367,82 @@ def waymo(args: argparse.Namespace) -> int:
     return 2 if report.problems else 0
 
 
+def add_maps(commands: argparse._SubParsersAction) -> None:
+    """Options of `maps`."""
+    parser = commands.add_parser(
+        "maps",
+        help="ground-truth maps for scene completion, from labelled drives",
+        description="Join the static points of every labelled drive in SemanticKITTI's layout, one point per cell,\n"
+        "and write OUT/dataset/sequences/SS/map_tiles, which CompletionDataset reads.\n\n"
+        "Finished maps are kept and stale ones made anew, so an interrupted run goes on with the sequence where it\n"
+        "stopped. A sequence with a damaged file is reported and does not stop the others (exit code 2).",
+        epilog="examples:\n"
+        "  python tools/prepare_data.py maps --data-root data/semantic_kitti\n"
+        "  python tools/prepare_data.py maps --data-root data/semantic_kitti --shard 1/4 --workers 2\n"
+        "  python tools/prepare_data.py maps --data-root data/semantic_kitti --from-plain",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-root", required=True, type=Path, help="holds dataset/sequences/SS")
+    parser.add_argument(
+        "--out", type=Path, help="data root to write the maps to (default: beside the scans)"
+    )
+    parser.add_argument(
+        "--sequences", help="comma-separated, such as 00,08 (default: all with labels)"
+    )
+    parser.add_argument("--shard", help="i/n, i from 1 to n: only this part of the sequences")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--cell", type=float, default=0.1, help="metres (default 0.1)")
+    parser.add_argument(
+        "--near", type=float, default=3.5, help="metres around the sensor left out (default 3.5)"
+    )
+    parser.add_argument("--labels", action="store_true", help="also store the class of each point")
+    parser.add_argument(
+        "--incomplete", action="store_true", help="allow fewer scans than poses, as in an excerpt"
+    )
+    parser.add_argument(
+        "--nonfinite",
+        default="error",
+        choices=("error", "drop"),
+        help="such points (default: error)",
+    )
+    parser.add_argument(
+        "--from-plain",
+        action="store_true",
+        help="do not build; put the map_clean.npy of each sequence into tiles, which are read faster",
+    )
+    parser.set_defaults(run=maps)
+
+
+def maps(args: argparse.Namespace) -> int:
+    """Build maps; say how many, how fast, and which sequences cannot be used."""
+    from pointcept_kd.data import maps as building
+
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers: {args.workers}; use 1 or more")
+    report = building.build_maps(
+        args.data_root,
+        args.out,
+        building.Plan(
+            cell=args.cell,
+            near=args.near,
+            labels=args.labels,
+            incomplete=args.incomplete,
+            nonfinite=args.nonfinite,
+            source="plain" if args.from_plain else "scans",
+        ),
+        args.sequences.split(",") if args.sequences is not None else None,
+        args.shard,
+        args.workers,
+        tell=lambda line: print(f"error: {line}", file=sys.stderr),
+    )
+    print(
+        f"{report.built} maps built from {report.scans} scans ({report.read / 1e6:.2f} M points), {report.kept} kept, "
+        f"{report.points / 1e6:.2f} M points in them, {report.seconds:.1f} s; "
+        f"{len(report.problems) or 'no'} sequence{'s' if len(report.problems) != 1 else ''} with problems"
+    )
+    return 2 if report.problems else 0
+
+
 def add_check_submission(commands: argparse._SubParsersAction) -> None:
     """Options of `check-submission`."""
     parser = commands.add_parser(
@@ -421,6 +497,7 @@ def main(argv: list[str] | None = None) -> int:
         add_check,
         add_nuscenes_info,
         add_waymo,
+        add_maps,
         add_check_submission,
     ):
         add(commands)

@@ -3,6 +3,26 @@
 `synthetic` (which needs the extra `sim` to run) is imported by those who simulate.
 """
 
-from . import kitti, mirror, nuscenes, point_index, semantic_kitti, transforms, waymo
+from . import (
+    completion_pairs,
+    kitti,
+    mirror,
+    nuscenes,
+    planar,
+    point_index,
+    semantic_kitti,
+    transforms,
+    waymo,
+)
 
-__all__ = ["kitti", "mirror", "nuscenes", "point_index", "semantic_kitti", "transforms", "waymo"]
+__all__ = [
+    "completion_pairs",
+    "kitti",
+    "mirror",
+    "nuscenes",
+    "planar",
+    "point_index",
+    "semantic_kitti",
+    "transforms",
+    "waymo",
+]
