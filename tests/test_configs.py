@@ -171,10 +171,9 @@ BEV = ("logits", "enc2", "enc8", "dec8", "dec2", "labels")
 def test_the_terms_of_the_birds_eye_view_pair(tail):
     terms = plain(read(f"kd/cylinder3d_to_polarnet{tail}.py").model.terms)
     assert set(terms) == set(BEV)
-    # Published: 1 for class scores, 2 for every other.
-    assert {k: v["weight"] for k, v in terms.items()} == {
-        k: 1.0 if k == "logits" else 2.0 for k in BEV
-    }
+    weights = dict.fromkeys(BEV, 2.0) if tail == "_paper" else dict.fromkeys(BEV, 0.2)
+    weights.update(logits=1.0, labels=2.0 if tail == "_paper" else 0.05)
+    assert {k: v["weight"] for k, v in terms.items()} == weights
     strides = {k: v["student_stride"] for k, v in terms.items() if k != "logits"}
     for name, stride in strides.items():
         assert list(stride) == list(terms[name]["teacher_stride"][:2]), name

@@ -4,8 +4,8 @@ Both have a class 0 "unlabelled" before the 19, as the released weights do. Each
 were trained with; `kd.Cylinder3D` says what `kernel_mode` is about.
 
 The losses of arXiv:2304.11393 are in two settings, docs/methods/bev_kd.md: `bev_terms` lead from one network's cells to
-the other's through the points, so that each may have a range of its own; `bev_paper_terms` are cell to cell and count
-empty cells, as published. Taps are called by the path, encoder or decoder, and by the number of finest cells that one
+the other's through the points, so that each may have a range of its own, and over occupied cells, with weights chosen
+on the simulated streets; `bev_paper_terms` are cell to cell and count empty cells, as published. Taps are called by the path, encoder or decoder, and by the number of finest cells that one
 of theirs spans in the plane.
 """
 
@@ -102,46 +102,38 @@ student_taps = dict(
 
 __points = dict(correspondence="points", teacher_cells="cells")
 __cells = dict(correspondence="cells")
-__enc2 = dict(
-    type="kd.VoxelToPillar", tap="enc2", channels=(128, 64), student_stride=(2, 2), weight=2.0
-)
-__enc8 = dict(
-    type="kd.VoxelToPillar", tap="enc8", channels=(512, 256), student_stride=(8, 8), weight=2.0
-)
-__dec8 = dict(
-    type="kd.VoxelToPillar", tap="dec8", channels=(256, 512), student_stride=(8, 8), weight=2.0
-)
-__dec2 = dict(
-    type="kd.VoxelToPillar", tap="dec2", channels=(64, 128), student_stride=(2, 2), weight=2.0
-)
-__dec1 = dict(
-    type="kd.LabelWeight", tap="dec1", channels=(64, 64), student_stride=(1, 1), weight=2.0
-)
+__enc2 = dict(type="kd.VoxelToPillar", tap="enc2", channels=(128, 64), student_stride=(2, 2))
+__enc8 = dict(type="kd.VoxelToPillar", tap="enc8", channels=(512, 256), student_stride=(8, 8))
+__dec8 = dict(type="kd.VoxelToPillar", tap="dec8", channels=(256, 512), student_stride=(8, 8))
+__dec2 = dict(type="kd.VoxelToPillar", tap="dec2", channels=(64, 128), student_stride=(2, 2))
+__dec1 = dict(type="kd.LabelWeight", tap="dec1", channels=(64, 64), student_stride=(1, 1))
 bev_terms = dict(
     logits=dict(type="kd.LogitKL", temperature=2.0, weight=1.0),
-    enc2=dict(teacher_stride=(2, 2, 2), **__enc2, **__points, mask="occupied"),
-    enc8=dict(teacher_stride=(8, 8, 4), **__enc8, **__points, mask="occupied"),
-    dec8=dict(teacher_stride=(8, 8, 4), **__dec8, **__points, mask="occupied"),
-    dec2=dict(teacher_stride=(2, 2, 2), **__dec2, **__points, mask="occupied"),
+    enc2=dict(teacher_stride=(2, 2, 2), **__enc2, **__points, mask="occupied", weight=0.2),
+    enc8=dict(teacher_stride=(8, 8, 4), **__enc8, **__points, mask="occupied", weight=0.2),
+    dec8=dict(teacher_stride=(8, 8, 4), **__dec8, **__points, mask="occupied", weight=0.2),
+    dec2=dict(teacher_stride=(2, 2, 2), **__dec2, **__points, mask="occupied", weight=0.2),
     labels=dict(
         teacher_stride=(1, 1, 1),
         frequencies=frequencies[1:],
         **__dec1,
         **__points,
         void_frequency=frequencies[0],
+        weight=0.05,
     ),
 )
 bev_paper_terms = dict(
     logits=dict(type="kd.LogitKL", at="cells", temperature=10.0, weight=1.0),
-    enc2=dict(teacher_stride=(2, 2, 2), **__enc2, **__cells, mask="all"),
-    enc8=dict(teacher_stride=(8, 8, 4), **__enc8, **__cells, mask="all"),
-    dec8=dict(teacher_stride=(8, 8, 4), **__dec8, **__cells, mask="all"),
-    dec2=dict(teacher_stride=(2, 2, 2), **__dec2, **__cells, mask="all"),
+    enc2=dict(teacher_stride=(2, 2, 2), **__enc2, **__cells, mask="all", weight=2.0),
+    enc8=dict(teacher_stride=(8, 8, 4), **__enc8, **__cells, mask="all", weight=2.0),
+    dec8=dict(teacher_stride=(8, 8, 4), **__dec8, **__cells, mask="all", weight=2.0),
+    dec2=dict(teacher_stride=(2, 2, 2), **__dec2, **__cells, mask="all", weight=2.0),
     labels=dict(
         teacher_stride=(1, 1, 1),
         frequencies=frequencies[1:],
         **__dec1,
         **__cells,
         void_frequency=frequencies[0],
+        weight=2.0,
     ),
 )

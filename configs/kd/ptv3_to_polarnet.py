@@ -35,7 +35,7 @@ model = dict(
             student_stride=(8, 8),
             teacher_stride=(16, 16, 16),  # voxels per coarsest cell
             mask="occupied",
-            weight=2.0,
+            weight=0.2,
         ),
     ),
 )
