@@ -168,7 +168,7 @@ def scores_densely(pred: NDArray, target: NDArray, cells: tuple[float, ...]) -> 
     precision, recall = ((d < thresholds).mean(axis=1) for d in (pred2gt, gt2pred))
     both = precision + recall
     f = np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
-    areas = [float(metrics._WEIGHTS @ curve) for curve in (precision, recall, f)]
+    areas = [float(metrics._area_weights() @ curve) for curve in (precision, recall, f)]
     ious = [counts_by_histogram(pred, target, cell).iou for cell in cells]
     cd = float(0.5 * (pred2gt.mean() + gt2pred.mean()))
     return [cd, *areas, *jsd_by_histogram(pred, target), *ious]
