@@ -5,8 +5,8 @@ were trained with; `kd.Cylinder3D` says what `kernel_mode` is about.
 
 The losses of arXiv:2304.11393 are in two settings, docs/methods/bev_kd.md: `bev_terms` lead from one network's cells to
 the other's through the points, so that each may have a range of its own, and over occupied cells, with weights chosen
-on the simulated streets; `bev_paper_terms` are cell to cell and count empty cells, as published. Taps are called by the path, encoder or decoder, and by the number of finest cells that one
-of theirs spans in the plane.
+on the simulated streets; `bev_paper_terms` are cell to cell and count empty cells, as published. Taps are called by the
+path, encoder or decoder, and by the number of finest cells that one of theirs spans in the plane.
 """
 
 # Share of each class in the points of the training sequences: unlabelled, then the 19.
