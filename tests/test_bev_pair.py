@@ -104,6 +104,37 @@ def test_teacher_student_and_evaluation_on_real_scans(samples, tmp_path, monkeyp
         Teacher("other", entry["model"], entry["weight"], entry["taps"])
 
 
+def test_the_published_terms_take_a_step():
+    """The taps and terms of `_paper`, with the networks of the demo."""
+    cfg = Config.fromfile(CONFIGS / "kd/cylinder3d_to_polarnet_tiny.py")
+    paper = Config.fromfile(CONFIGS / "kd/cylinder3d_to_polarnet_paper.py")
+    cfg.model.teacher.weight = "random"
+    for part in ("student", "teacher"):
+        cfg.model[part].taps = paper.model[part].taps
+        cfg.model[part].model.backbone.partition.shape = (64, 64, 8)
+    cfg.model.student.model.backbone.dense_head = paper.model.student.model.backbone.dense_head
+    cfg.model.terms = cfg.bev_paper_terms
+    assert {k: v.type for k, v in cfg.model.terms.items()} == {
+        k: v.type for k, v in paper.model.terms.items()
+    }
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).train()
+    feat = torch.rand(1200, 4) * torch.tensor([60, 60, 4, 1]) - torch.tensor([30, 30, 2, 0])
+    batch = dict(
+        coord=feat[:, :3],
+        feat=feat,
+        segment=torch.randint(-1, 19, (1200,)),
+        offset=torch.tensor([500, 1200]),
+    )
+    out = model(batch)
+    assert set(out) == {"loss", "loss_task"} | {
+        f"{kind}_{name}" for kind in ("loss", "weighted") for name in paper.model.terms
+    }
+    assert all(float(v.detach()) >= 0 for v in out.values())
+    out["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_the_cartesian_student_of_the_method_page():
     """Any teacher, any pillars: the page's snippet, with the networks at the size of the demo."""
     cfg = Config.fromfile(CONFIGS / "kd/ptv3_to_polarnet_tiny.py")

@@ -123,7 +123,15 @@ bev_terms = dict(
     ),
 )
 bev_paper_terms = dict(
-    logits=dict(type="kd.LogitKL", at="cells", temperature=10.0, weight=1.0),
+    # Over the whole volume, which the student scores for it: `dense_head`, and a tap `scores` at both heads.
+    logits=dict(
+        type="kd.DenseLogitKL",
+        tap="scores",
+        num_classes=20,
+        temperature=10.0,
+        threshold=0.01,
+        weight=1.0,
+    ),
     enc2=dict(teacher_stride=(2, 2, 2), **__enc2, **__cells, mask="all", weight=2.0),
     enc8=dict(teacher_stride=(8, 8, 4), **__enc8, **__cells, mask="all", weight=2.0),
     dec8=dict(teacher_stride=(8, 8, 4), **__dec8, **__cells, mask="all", weight=2.0),
