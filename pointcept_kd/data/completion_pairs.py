@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pointcept_kd.host import InputError, kd
+from pointcept_kd.ops.neighbors import farthest_point_sampling
 
-from .farthest import farthest_points
 from .map_tiles import Map
 from .maps import (
     CELL,
@@ -135,7 +136,7 @@ def condition_points(points: NDArray, count: int) -> NDArray:
             f"none of {len(points)} points lies {NEAR} to {RADIUS:.0f} m from the sensor"
         )
     cloud = repeated(cloud, count)
-    return cloud[farthest_points(cloud, count)]
+    return _spread_out(cloud, count)
 
 
 def completion_target(around: NDArray, scan: NDArray) -> NDArray:
@@ -213,8 +214,14 @@ def sample_pair(partial: NDArray, full: NDArray, points: int, condition: int) ->
     """
     partial = repeated(partial, condition)
     full = full[viewpoint_mask(full, partial)]
-    coord = partial[farthest_points(partial, condition)]
+    coord = _spread_out(partial, condition)
     return {"coord": coord, "complete": _shuffled(full, points)}
+
+
+def _spread_out(cloud: NDArray, count: int) -> NDArray:
+    """`count` points, each farthest from those before, beginning with the first."""
+    points = torch.from_numpy(np.ascontiguousarray(cloud, np.float32))
+    return cloud[farthest_point_sampling(points, count).numpy()]
 
 
 def _shuffled(cloud: NDArray, wanted: int) -> NDArray:

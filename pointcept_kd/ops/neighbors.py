@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from .farthest import farthest_rows
+
 # Distances held at once by the brute force: 2**27 floats are half a gigabyte.
 _CHUNK = 2**27
 
@@ -208,24 +210,8 @@ def farthest_point_sampling(
 
 
 def _farthest_numpy(points: Tensor, count: int, start: int) -> Tensor:
-    # Three contiguous rows and preallocated buffers: 2-5 times faster than (n, 3) arithmetic.
     cloud = points.detach() if points.dtype == torch.float64 else points.detach().float()
-    x, y, z = np.ascontiguousarray(cloud.numpy().T)
-    reach = np.full(len(x), np.inf, dtype=x.dtype)
-    square, term = np.empty_like(x), np.empty_like(x)
-    picks = np.empty(count, dtype=np.int64)
-    pick = start
-    for step in range(count):
-        picks[step] = pick
-        np.subtract(x, x[pick], out=square)
-        np.multiply(square, square, out=square)
-        for axis in (y, z):
-            np.subtract(axis, axis[pick], out=term)
-            np.multiply(term, term, out=term)
-            np.add(square, term, out=square)
-        np.minimum(reach, square, out=reach)
-        pick = int(reach.argmax())
-    return torch.from_numpy(picks)
+    return torch.from_numpy(farthest_rows(cloud.numpy(), count, start))
 
 
 def _farthest_torch(points: Tensor, count: int, start: int) -> Tensor:

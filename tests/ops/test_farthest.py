@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pointcept_kd.data import farthest
-from pointcept_kd.data.farthest import farthest_points
+from pointcept_kd.ops import farthest
+from pointcept_kd.ops.farthest import farthest_rows
 from pointcept_kd.ops.neighbors import farthest_point_sampling
 
 
@@ -15,8 +15,16 @@ def _never_plain(monkeypatch):
     monkeypatch.setattr(farthest, "_PLAIN", 0)
 
 
-def plain(points, count):
-    return farthest_point_sampling(torch.from_numpy(points), count).numpy()
+def plain(points, count, start=0):
+    """Every pick compared with every point, in the type of the points."""
+    reach, picks = np.full(len(points), np.inf, points.dtype), []
+    for _ in range(count):
+        picks.append(start)
+        away = points - points[start]
+        away *= away
+        reach = np.minimum(reach, away[:, 0] + away[:, 1] + away[:, 2])
+        start = int(reach.argmax())
+    return np.array(picks)
 
 
 def surface(points, seed):
@@ -53,19 +61,31 @@ def test_rows_are_those_of_the_plain_algorithm(name, candidates, monkeypatch):
     monkeypatch.setattr(farthest, "_CANDIDATES", candidates)
     cloud = CLOUDS[name]
     for count in {1, 5, 65, len(cloud) // 3, len(cloud)}:
-        assert np.array_equal(farthest_points(cloud, count), plain(cloud, count))
+        assert np.array_equal(farthest_rows(cloud, count), plain(cloud, count))
+
+
+def test_other_beginnings_and_double_precision():
+    cloud = surface(1500, 5).astype(np.float64) / 3
+    for start in (0, 17, 1499):
+        assert np.array_equal(farthest_rows(cloud, 400, start), plain(cloud, 400, start))
+
+
+def test_an_outlier_too_far_for_a_grid():
+    cloud = surface(800, 6).astype(np.float64) * 1e-9
+    cloud[5] = 1e9
+    assert np.array_equal(farthest_rows(cloud, 300), plain(cloud, 300))
 
 
 def test_by_hand():
     line = np.zeros((4, 3), np.float32)
     line[:, 0] = [0, 1, 2, 10]
-    assert farthest_points(line, 3).tolist() == [0, 3, 2]
-    assert line[farthest_points(line, 3), 0].tolist() == [0, 10, 2]
+    assert farthest_rows(line, 3).tolist() == [0, 3, 2]
+    assert line[farthest_rows(line, 3), 0].tolist() == [0, 10, 2]
 
 
 def test_each_pick_is_the_farthest():
     cloud = surface(1200, 7)
-    picks = farthest_points(cloud, 300)
+    picks = farthest_rows(cloud, 300)
     reach = np.full(len(cloud), np.inf)
     for pick in picks:
         assert reach[pick] >= reach.max() * (1 - 1e-6) or np.isinf(reach).all()
@@ -73,21 +93,9 @@ def test_each_pick_is_the_farthest():
     assert len(set(picks.tolist())) == 300
 
 
-@pytest.mark.parametrize("count", [0, 5])
-def test_counts_out_of_range(count):
-    with pytest.raises(ValueError, match="count must be 1 to the 4 points"):
-        farthest_points(np.zeros((4, 3), np.float32), count)
-
-
-def test_points_that_are_not_finite():
-    cloud = surface(300, 0)
-    cloud[7, 2] = np.nan
-    with pytest.raises(ValueError, match="not finite in row 7"):
-        farthest_points(cloud, 100)
-
-
 def test_real_scan(samples):
     folder = samples / "semantickitti" / "dataset" / "sequences" / "08" / "velodyne"
     scan = np.fromfile(folder / "000000.bin", "<f4").reshape(-1, 4)[::4, :3]
     scan = np.ascontiguousarray(scan[np.linalg.norm(scan, axis=1) < 50])
-    assert np.array_equal(farthest_points(scan, 3000), plain(scan, 3000))
+    assert np.array_equal(farthest_rows(scan, 3000), plain(scan, 3000))
+    assert np.array_equal(farthest_point_sampling(torch.from_numpy(scan), 3000), plain(scan, 3000))

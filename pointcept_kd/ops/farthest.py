@@ -1,4 +1,4 @@
-"""Farthest point sampling of a whole scan in a fraction of a second, without changing one row of its result.
+"""Farthest point sampling on a CPU, of a whole scan in a fraction of a second.
 
 The plain algorithm compares every point with every pick: n k distances, two thousand million for 18,000 of 119,000
 points. Two observations save nearly all of them and keep the order of the picks:
@@ -8,8 +8,8 @@ points. Two observations save nearly all of them and keep the order of the picks
 * A pick changes only points nearer to it than the farthest point is to the chosen set. So after a batch the others
   are updated from the picks in their own and the adjoining cells of a grid of that width.
 
-Every distance that counts is computed as `ops.neighbors.farthest_point_sampling` does, in float32 and in the same
-order, and the lowest row wins among equals: the rows are the same, not merely as good.
+Every distance that counts is computed in the same type and order as in the plain algorithm, and the lowest row wins
+among equals: the rows are the same, not merely as good.
 """
 
 from __future__ import annotations
@@ -17,43 +17,36 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-
-from pointcept_kd.ops.neighbors import farthest_point_sampling
 
 _PLAIN = 1 << 21  # distances up to which the plain algorithm is as fast
 _FIRST = 64  # picks that reach nearly all points anyway
 _CANDIDATES = 768
+_LARGEST_KEY = 2**62
+
+Columns = tuple[NDArray, NDArray, NDArray]
 
 
-def farthest_points(points: NDArray, count: int) -> NDArray:
-    """Rows (count,) int64 of points (n, 3) float32, each farthest from those before; the first is row 0.
-
-    Raises:
-        ValueError: for a count outside 1..n, or coordinates that are not finite.
-    """
-    points = np.ascontiguousarray(points, np.float32)
-    if len(points) * count <= _PLAIN or not 1 <= count <= len(points):
-        return farthest_point_sampling(torch.from_numpy(points), count).numpy()
-    first = min(_FIRST, count)
+def farthest_rows(points: NDArray, count: int, start: int = 0) -> NDArray:
+    """Rows (count,) int64 of finite points (n, 3), each farthest from those before; the first is `start`."""
+    columns: Columns = tuple(np.ascontiguousarray(points[:, axis]) for axis in range(3))  # type: ignore[assignment]
+    if len(points) * count <= _PLAIN:
+        return _plain(columns, count, start)[0]
+    first, reach = _plain(columns, min(_FIRST, count), start)
     picks = np.empty(count, np.int64)
-    picks[:first] = farthest_point_sampling(torch.from_numpy(points), first).numpy()
-    columns = tuple(np.ascontiguousarray(points[:, axis]) for axis in range(3))
-    reach = np.full(len(points), np.inf, np.float32)
-    for pick in picks[:first]:
-        np.minimum(reach, _squared(columns, points[pick]), out=reach)
-    grid, done = None, first
+    picks[: len(first)] = first
+    grid, done = None, len(first)
     while done < count:
         widest = float(np.sqrt(reach.max()))
-        if (
-            widest == 0
-        ):  # every point coincides with a pick: the plain algorithm takes the lowest row
+        if widest == 0:
+            # Every point coincides with a pick: the plain algorithm takes the lowest row.
             picks[done:] = 0
             break
         if grid is None or widest < 0.6 * grid.width:
             # A margin for rounding: points exactly at the border of what a pick can change.
-            grid = _Grid(points, widest * 1.001)
+            grid = _Grid(columns, widest * 1.001)
+        if grid.is_too_fine:  # an outlier far away: no cell has a number of its own
+            return _plain(columns, count, start)[0]
         batch = _picks_among(columns, reach, count - done)
         picks[done : done + len(batch)] = batch
         grid.update(reach, batch)
@@ -61,36 +54,48 @@ def farthest_points(points: NDArray, count: int) -> NDArray:
     return picks
 
 
-def _squared(columns: tuple[NDArray, NDArray, NDArray], point: NDArray) -> NDArray:
-    square = columns[0] - point[0]
-    square *= square
-    for axis in (1, 2):
-        term = columns[axis] - point[axis]
-        term *= term
-        square += term
-    return square
+def _plain(columns: Columns, count: int, start: int) -> tuple[NDArray, NDArray]:
+    """The picks, and the squared distance of every point to them."""
+    # Three contiguous rows and preallocated buffers: 2-5 times faster than (n, 3) arithmetic.
+    x = columns[0]
+    reach = np.full(len(x), np.inf, dtype=x.dtype)
+    square, term = np.empty_like(x), np.empty_like(x)
+    picks = np.empty(count, dtype=np.int64)
+    pick = start
+    for step in range(count):
+        picks[step] = pick
+        _square(columns, pick, square, term)
+        np.minimum(reach, square, out=reach)
+        pick = int(reach.argmax())
+    return picks, reach
 
 
-def _picks_among(columns: tuple[NDArray, ...], reach: NDArray, most: int) -> list[int]:
+def _square(columns: Columns, row: int, square: NDArray, term: NDArray) -> None:
+    """Squared distances of all points to one of them, into `square`."""
+    x, y, z = columns
+    np.subtract(x, x[row], out=square)
+    np.multiply(square, square, out=square)
+    for axis in (y, z):
+        np.subtract(axis, axis[row], out=term)
+        np.multiply(term, term, out=term)
+        np.add(square, term, out=square)
+
+
+def _picks_among(columns: Columns, reach: NDArray, most: int) -> list[int]:
     """The next picks, as many as the candidates can tell; at least one."""
     size = len(reach)
     level = np.partition(reach, size - min(_CANDIDATES, size))[size - min(_CANDIDATES, size)]
     rows = np.flatnonzero(reach >= level)  # ties included; all others are nearer than `level`
-    x, y, z = (column[rows] for column in columns)
+    near: Columns = tuple(column[rows] for column in columns)  # type: ignore[assignment]
     left = reach[rows]
     square, term = np.empty_like(left), np.empty_like(left)
     found: list[int] = []
     while len(found) < most:
-        best = left.argmax()  # the lowest row among equals: rows ascend
+        best = int(left.argmax())  # the lowest row among equals: rows ascend
         if left[best] < level or (found and left[best] == 0):
             break
         found.append(int(rows[best]))
-        np.subtract(x, x[best], out=square)
-        np.multiply(square, square, out=square)
-        for axis in (y, z):
-            np.subtract(axis, axis[best], out=term)
-            np.multiply(term, term, out=term)
-            np.add(square, term, out=square)
+        _square(near, best, square, term)
         np.minimum(left, square, out=left)
     return found
 
@@ -98,14 +103,18 @@ def _picks_among(columns: tuple[NDArray, ...], reach: NDArray, most: int) -> lis
 class _Grid:
     """Points sorted by cell, to find those within `width` of a point in 27 cells."""
 
-    def __init__(self, points: NDArray, width: float) -> None:
+    def __init__(self, columns: Columns, width: float) -> None:
         self.width = width
+        points = np.stack(columns, axis=1)
         low = points.min(axis=0).astype(np.float64)
-        cells = ((points.astype(np.float64) - low) / width).astype(np.int64) + 1
+        cells = np.floor((points.astype(np.float64) - low) / width) + 1
         # Two cells wider than the cloud, so that neighbours never wrap into another row of cells.
         shape = cells.max(axis=0) + 2
-        self.strides = np.array([shape[1] * shape[2], shape[2], 1])
-        keys = cells @ self.strides
+        self.is_too_fine = bool(shape.prod() > _LARGEST_KEY)
+        if self.is_too_fine:
+            return
+        self.strides = np.array([shape[1] * shape[2], shape[2], 1], dtype=np.int64)
+        keys = cells.astype(np.int64) @ self.strides
         self.order = np.argsort(keys, kind="stable")
         self.key_of = keys
         self.keys = keys[self.order]
