@@ -605,7 +605,7 @@ def test_a_failure_on_one_machine_is_told_on_both(tmp_path, forked):
         ((1, 2, 2, "tcp://localhost:1"), {}, "--machine-rank 2: expected 0 to 1"),
         ((1, 2), {}, "--dist-url auto: 2 machines need one meeting point"),
         ((1, 2, 0, "tcp://localhost"), {}, "tcp://HOST:PORT"),
-        ((1, 2, 0, "file:///tmp/x"), {}, "tcp://HOST:PORT"),
+        ((1, 2, 0, "file:///meeting"), {}, "tcp://HOST:PORT"),
         ((1, 2, 1, "tcp://127.0.0.1:9"), {"dist_timeout": 0.001}, "machine 0 does not answer"),
         ((2,), {"device": "cuda:0"}, "device=cuda:0 is one GPU for 2 processes"),
         ((2,), {"dist_timeout": 0}, "dist_timeout=0: expected minutes"),

@@ -20,10 +20,11 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from pointcept_kd.host import MODELS, InputError, kd
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import is_joint, joint_generator, joint_mean, joint_sum
 
 from .sampler import ScanNoise, crop, inside, sample
-from .schedule import PROCESSES, Schedule, check_choice
+from .schedule import PROCESSES, Schedule
 
 DROP_MODES = ("batch", "sample")
 

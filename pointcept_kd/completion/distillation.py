@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pointcept_kd.host import MODELS, InputError, kd
 from pointcept_kd.host.checkpoint import load_checkpoint, load_into, student_weights
+from pointcept_kd.host.errors import check_choice
 
 from .diffusion import Completer, draw_timesteps, evaluating, full, noise_mse, tile
 from .metrics import jsd_bev, voxel_counts
@@ -41,7 +42,6 @@ from .preference import (
     split_pair,
 )
 from .sampler import ScanNoise, draw_stop
-from .schedule import check_choice
 from .score import (
     POINT_KINDS,
     SCENE_KINDS,
@@ -260,12 +260,6 @@ class _Student(_Taught):
     def _watch(self, count: int) -> None:
         self.watchers = nn.ModuleList(copy.deepcopy(self.teacher) for _ in range(count))
         self.watchers.requires_grad_(True)
-
-    def phase_parameters(self, phase: str) -> list[nn.Parameter]:
-        """What a phase trains: `auxiliary` the watching networks, `student` the student."""
-        check_choice("phase", phase, PHASES)
-        trained = self.denoiser if phase == "student" else self.watchers
-        return list(trained.parameters())
 
     def _completion(self, base: Tensor, ends: Tensor, condition: Any, **options: Any) -> Tensor:
         """The student's completions, with a gradient through the last call unless gradients are off."""

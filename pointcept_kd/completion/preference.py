@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pointcept_kd.host import InputError
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import joint_mean
 from pointcept_kd.host.point import offset2batch
 from pointcept_kd.ops.distance import chamfer_distance
@@ -34,7 +35,7 @@ from pointcept_kd.ops.scatter import segment_mean
 
 from .diffusion import full, noise_mse
 from .sampler import ScanNoise
-from .schedule import check_choice, spread
+from .schedule import spread
 from .score import score_gap, score_surrogate
 
 PAIRINGS = ("scaled", "independent")

@@ -30,8 +30,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pointcept_kd.host import InputError
+from pointcept_kd.host.errors import check_choice
 
-from .schedule import PROCESSES, Schedule, check_choice
+from .schedule import PROCESSES, Schedule
 
 # (x (n, 3), t (b,) int64) -> predicted noise (n, 3)
 Denoise = Callable[[Tensor, Tensor], Tensor]

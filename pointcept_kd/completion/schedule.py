@@ -14,9 +14,7 @@ et al., 2025, arXiv:2504.17791. Cosine schedule: Nichol & Dhariwal, 2021, arXiv:
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -25,23 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pointcept_kd.host import InputError
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.point import offset2bincount
 
 PROCESSES = ("local", "global")
 SCHEDULES = ("linear", "cosine", "quadratic", "sigmoid")
-
-
-def check_choice(what: str, name: object, known: Iterable[str]) -> None:
-    """Check that a name is one of those known.
-
-    Raises:
-        InputError: for one that is not, with the nearest one.
-    """
-    names = list(known)
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, 1, 0.4)
-        hint = f"; nearest: {near[0]}" if near else ""
-        raise InputError(f"{what}={name!r} is none of {', '.join(names)}{hint}")
 
 
 def betas(

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pointcept_kd.host import InputError
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import joint_mean
 from pointcept_kd.host.point import offset2batch
 from pointcept_kd.ops.distance import chamfer_squared, nearest_rows
@@ -37,7 +38,7 @@ from pointcept_kd.ops.neighbors import knn
 from pointcept_kd.ops.scatter import segment_mean
 
 from .diffusion import full
-from .schedule import check_choice, spread
+from .schedule import spread
 
 SCENE_KINDS = ("chamfer", "matched", "rows")
 POINT_KINDS = ("matched", "rows")

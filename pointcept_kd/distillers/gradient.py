@@ -23,12 +23,13 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 from pointcept_kd.host import TERMS, InputError, comm
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import is_joint, joint_batch, joint_max, joint_mean, joint_sum
 from pointcept_kd.ops.scatter import segment_count, segment_max, segment_mean, segment_sum
 
 from .align import align
 from .base import Outputs, Term
-from .scans import check_choice, scan_of_rows
+from .scans import scan_of_rows
 from .taps import Activation
 
 EPS = 1e-6

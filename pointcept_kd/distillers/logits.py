@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pointcept_kd.host import TERMS, InputError
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import joint_mean
 from pointcept_kd.ops.grid import CellKeys, unique_cells
 from pointcept_kd.ops.scatter import segment_mean
 
 from .base import Outputs, Term
 from .correspondence import cells_of
-from .scans import check_choice
 from .taps import full_precision
 
 AT = ("points", "cells")

@@ -1,7 +1,6 @@
-"""Which scan each row of a tap belongs to, for terms that treat every scan by itself; and answers to unknown names."""
+"""Which scan each row of a tap belongs to, for terms that treat every scan by itself."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,17 +37,3 @@ def scan_of_rows(
         f"tap {where} hands out a plain tensor of {rows} rows, which does not say which scan a row belongs to; "
         "tap a module that returns the whole point container"
     )
-
-
-def check_choice(what: str, name: object, known: Iterable[str]) -> None:
-    """Check that a name is one of those known.
-
-    Raises:
-        InputError: for one that is not, with the nearest ones.
-    """
-    names = list(known)
-    if name in names:
-        return
-    near = difflib.get_close_matches(str(name), names, 2, 0.4)
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    raise InputError(f"{what}={name!r} is none of {', '.join(names)}{hint}")

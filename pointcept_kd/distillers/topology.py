@@ -26,6 +26,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from pointcept_kd.host import TERMS, InputError
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import joint_mean
 from pointcept_kd.ops.neighbors import farthest_point_sampling
 from pointcept_kd.ops.persistence import (
@@ -40,7 +41,7 @@ from pointcept_kd.ops.persistence import (
 
 from .align import align
 from .base import Outputs, Term
-from .scans import check_choice, scan_of_rows
+from .scans import scan_of_rows
 
 DIMENSIONS = ("h0", "h1", "h2")
 DISTANCES = ("chamfer", "w2", "entropy")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pointcept_kd.host import TERMS, InputError
+from pointcept_kd.host.errors import check_choice
 from pointcept_kd.host.joint import joint_mean
 from pointcept_kd.ops.scatter import segment_softmax, segment_sum
 
@@ -38,7 +39,6 @@ from .correspondence import (
     point_tokens,
     pool_pairs,
 )
-from .scans import check_choice
 from .taps import full_precision
 
 CORRESPONDENCES = ("cells", "points")

@@ -52,12 +52,12 @@ def test_each_phase_trains_its_own(kind):
     assert all(value.dim() == 0 for value in outputs.values())
     outputs["loss"].backward()
     assert all(g is None for g in grads(model.watchers.parameters()))
-    assert all(g.abs().sum() > 0 for g in grads(model.phase_parameters("student")))
+    assert all(g.abs().sum() > 0 for g in grads(model.denoiser.parameters()))
     model.zero_grad()
     outputs = model(scans(), phase="auxiliary")
     outputs["loss"].backward()
     assert all(g is None for g in grads(model.denoiser.parameters()))
-    assert all(g.abs().sum() > 0 for g in grads(model.phase_parameters("auxiliary")))
+    assert all(g.abs().sum() > 0 for g in grads(model.watchers.parameters()))
     for frozen in (model.encoder, model.teacher):
         assert all(g is None for g in grads(frozen.parameters()))
     assert not set(map(id, model.teacher.parameters())) & set(map(id, model.parameters()))
@@ -321,8 +321,8 @@ def test_the_student_ends_where_the_teachers_points_are():
 
     assert (mean() - target).norm() > 4
     optimizers = {
-        "auxiliary": torch.optim.Adam(model.phase_parameters("auxiliary"), lr=0.3),
-        "student": torch.optim.Adam(model.phase_parameters("student"), lr=0.02),
+        "auxiliary": torch.optim.Adam(model.watchers.parameters(), lr=0.3),
+        "student": torch.optim.Adam(model.denoiser.parameters(), lr=0.02),
     }
     for _ in range(120):
         for phase, optimizer in optimizers.items():
