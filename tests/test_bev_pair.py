@@ -1,25 +1,18 @@
 """The bird's-eye-view pair on real scans, short: teacher, student, evaluation, by the shipped configs."""
 
-import json
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from pointcept_kd.data.semantic_kitti import SemanticKITTIDataset
 from pointcept_kd.data.submissions import write_semantic_kitti
 from pointcept_kd.distillers.base import Teacher
 from pointcept_kd.host import LOSSES, MODELS, InputError
 from pointcept_kd.host.checkpoint import load_checkpoint
 from pointcept_kd.host.config import Config
-from pointcept_kd.host.log import read_jsonl
 from pointcept_kd.host.metrics import confusion, ious
-from pointcept_kd.host.runtime import run_tool
-from tools import train
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from .real_pairs import CONFIGS, check_evaluation, check_falls, distil
+
 # A ball of 8,000 points of two scans keeps this to seconds; everything else is the shipped config.
 SHORT = """
 _base_ = ["{base}"]
@@ -37,7 +30,7 @@ data = dict(
 """
 
 
-def short(folder, name, base, more=""):
+def short(folder, name, base, more):
     steps = Config.fromfile(CONFIGS / base).data.train.transform
     path = folder / f"{name}.py"
     path.write_text(
@@ -53,43 +46,22 @@ def short(folder, name, base, more=""):
 
 def test_teacher_student_and_evaluation_on_real_scans(samples, tmp_path, monkeypatch):
     root = samples / "semantickitti"
-    teacher = short(tmp_path, "teacher", "semantic_kitti/semseg-cylinder3d-0-base_samples.py")
-    weight = tmp_path / "teacher" / "model" / "model_last.pth"
-    distilled = short(
+    distilled, values = distil(
         tmp_path,
-        "distilled",
+        root,
+        monkeypatch,
+        short,
+        "semantic_kitti/semseg-cylinder3d-0-base_samples.py",
         "kd/cylinder3d_to_polarnet_samples.py",
-        f'model = dict(teacher=dict(weight="{weight.as_posix()}", config="{teacher.as_posix()}"))',
     )
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", "--config-file", str(distilled), "--data-root", str(root)]
-    )
-    assert run_tool(train.main) == 0
-
-    values = {}
-    for entry in read_jsonl(tmp_path / "distilled" / "log.jsonl"):
-        values.setdefault(entry["tag"], []).append(entry["value"])
-    for name in ("task", "logits", "enc2", "enc8", "dec8", "dec2", "labels"):
-        first, last = values[f"train/loss_{name}"][0], values[f"train/loss_{name}"][-1]
-        assert np.isfinite([first, last]).all()
-        assert last < first, f"loss_{name} went from {first} to {last}"
+    names = ("task", "logits", "enc2", "enc8", "dec8", "dec2", "labels")
+    check_falls(values, [f"train/loss_{name}" for name in names])
     for name in ("enc2", "enc8", "dec8", "dec2", "labels"):
         # Neither side has become constant.
         assert values[f"{name}/deviation_student"][-1] > 0.01
         assert values[f"{name}/deviation_target"][-1] > 0.01
 
-    # Every raw point of the four validation scans has a label, none of them "unlabelled".
-    result = tmp_path / "distilled" / "result"
-    scans = SemanticKITTIDataset(split="val", data_root=str(root), sequences=["08"], transform=[])
-    for i in range(len(scans)):
-        scan = scans.get_data(i)
-        predicted = np.load(result / f"{scan['name']}_pred.npy")
-        assert predicted.shape == scan["segment"].shape
-        assert predicted.min() >= 0
-        assert predicted.max() < 19
-    scores = json.loads((result / "metrics.json").read_text())
-    assert scores["scans"] == 4
-    assert scores["allAcc"] > 0.1, "well above chance, 1/19"
+    check_evaluation(tmp_path / "distilled" / "result", root)
 
     # The exported student is a plain network; it and the teacher know their grids.
     cfg = Config.fromfile(distilled)
