@@ -1,6 +1,6 @@
 """Time the parts of scene completion against straightforward formulations.
 
-    python benchmarks/completion.py [--quick] [--sections metrics ...] [--out rows.json]
+    python benchmarks/completion.py [--quick] [--sections maps ...] [--points 18000] [--out rows.json]
 
 One thread, CPU milliseconds. Alternatives take turns in every round and the least of each counts; each pair is checked
 to compute the same. The clouds are two consecutive real scans where POINTCEPT_KD_SAMPLES has them (default
@@ -13,6 +13,14 @@ as the points of a completion are.
 - Chamfer distance (metrics): a k-d tree asked in spatial order. Opponents: SciPy's tree as it comes, and all pairs in
   chunks (`torch.cdist`) on fewer points. "Noisy" is a cloud with unit noise, as at the beginning of a sampling.
 - All scores of a scan (metrics): what a validation pays for one. Opponent: the dense routes and the plain tree.
+- Maps (maps): a growing set of cells. Opponents: the whole map thinned out again after every scan, by distinct rows of
+  cells and by distinct keys. Real posed scans, and simulated ones since those are few; the ratio grows with the scans.
+- Pairs (pairs): crop by tiles, view-point mask by a small array, farthest point sampling on a grid, and all of it for a
+  training pair. Opponents: the distance to every point of the map, rows of cells in `np.isin` or a set, all distances
+  for every sampled point; fpsample where it is installed. Long maps are copies of a street side by side.
+- Denoiser (network): gates per cell of the scan, the scan encoded once, a guided step with shared cells. Opponents:
+  gates per row with a search at every place, the tenfold repeated scan encoded in every call, two calls. Full width;
+  times grow with `--points`; 180,000 of them, the published number, take some 20 s of CPU for a call.
 """
 
 import argparse
@@ -33,6 +41,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from benchmarks.bev import cpu_ms
+from benchmarks.completion_data import demand, maps_section, pairs_section
+from benchmarks.completion_network import network_section
 from benchmarks.ops import Row, environment, least_ms, scene, table
 from pointcept_kd.completion import metrics
 from pointcept_kd.completion.metrics import CellCounts, CompletionScores
@@ -71,12 +81,6 @@ def load_clouds() -> tuple[Clouds, str]:
     rng = np.random.default_rng(3)
     mixed = (points[rng.permutation(len(points))] for points in raw)
     return Clouds(*(points[np.linalg.norm(points, axis=1) < 50] for points in mixed)), source
-
-
-def demand(same: bool, what: str) -> None:
-    """SystemExit unless two routes agree."""
-    if not same:
-        raise SystemExit(f"{what} differ: the comparison would be meaningless")
 
 
 # --- metrics: the dense routes --------------------------------------------------------------------
@@ -293,7 +297,7 @@ def time_scores(clouds: Clouds, seconds: float, quick: bool) -> list[Row]:
     ]
 
 
-def metrics_section(seconds: float, quick: bool) -> tuple[dict[str, list[Row]], str]:
+def metrics_section(seconds: float, quick: bool, points: int) -> tuple[dict[str, list[Row]], str]:
     """Tables by title, and where the clouds come from."""
     clouds, source = load_clouds()
     tables = {
@@ -307,9 +311,15 @@ def metrics_section(seconds: float, quick: bool) -> tuple[dict[str, list[Row]], 
 
 # --- report ---------------------------------------------------------------------------------------
 
-# A section measures for about `seconds` per row and returns its tables and its source.
-Section = Callable[[float, bool], tuple[dict[str, list[Row]], str]]
-SECTIONS: dict[str, Section] = {"metrics": metrics_section}
+# A section measures for about `seconds` per row, or shorter if `quick`, and returns its tables and its source. `points`
+# are those that the network denoises.
+Section = Callable[[float, bool, int], tuple[dict[str, list[Row]], str]]
+SECTIONS: dict[str, Section] = {
+    "metrics": metrics_section,
+    "maps": maps_section,
+    "pairs": pairs_section,
+    "network": network_section,
+}
 
 
 def main() -> None:
@@ -318,11 +328,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="an eighth of the time, and small boxes only"
+        "--quick", action="store_true", help="an eighth of the time, and small sizes only"
+    )
+    parser.add_argument(
+        "--points", type=int, help="points that the network denoises; 18000, or 4000 with --quick"
     )
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file as well")
     args = parser.parse_args()
+    points = (4_000 if args.quick else 18_000) if args.points is None else args.points
+    if points < 100:
+        parser.error(f"--points {points}: use 100 or more")
     torch.set_num_threads(1)
 
     seconds = 0.25 if args.quick else 2.0
@@ -337,7 +353,7 @@ def main() -> None:
     print(*(f"- {key}: {value}" for key, value in about.items()), sep="\n")
     report: Row = {"environment": about}
     for name in args.sections:
-        tables, source = SECTIONS[name](seconds, args.quick)
+        tables, source = SECTIONS[name](seconds, args.quick, points)
         print(f"\n## {name.capitalize()}\n\n{source}", flush=True)
         for title, rows in tables.items():
             print(f"\n### {title}\n\n{table(rows)}", flush=True)

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a network, or distil one into another",
     "test": "score a trained network and write its predictions",
     "infer": "label point clouds of your own",
+    "complete": "complete LiDAR scans of your own",
     "prepare-data": "simulate streets, prepare data sets, check data",
     "benchmark": "compare networks: parameters, latency, memory, mIoU",
     "ablate": "train rows of configs by several seeds, and write their table",

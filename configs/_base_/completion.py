@@ -53,3 +53,19 @@ hooks = [
     dict(type="kd.CompletionEvaluator"),
     dict(type="kd.CheckpointSaver", save_freq=None),
 ]
+# None: as the model has it. See `tools/test.py`; several steps or seeds as lists.
+test = dict(
+    _delete_=True,
+    type="kd.CompletionTester",
+    verbose=True,
+    steps=None,
+    guidance=None,
+    seeds=None,
+    refine=None,
+    save_predictions=False,
+    folder=None,
+    legacy=False,
+    emd_points=0,
+    threads=1,
+    warmup=3,
+)

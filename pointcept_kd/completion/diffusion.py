@@ -129,7 +129,26 @@ def tile(
 
 def scan_seeds(names: Sequence[str], seed: int = 0) -> list[int]:
     """A seed per scan that depends on its name and on `seed` alone, not on where in a batch it stands."""
-    return [seed * 2**32 + zlib.crc32(str(name).encode()) for name in names]
+    # 32 bits: torch's generator on the CPU looks at no more of a seed.
+    return [zlib.crc32(str(name).encode(), seed) for name in names]
+
+
+@contextmanager
+def cpu_threads(count: int | None, device: torch.device) -> Iterator[None]:
+    """Within it torch computes on the CPU with so many threads; None, or another device: as it is set.
+
+    Libraries add the products of a matrix product in an order that depends on the number of threads. The last digits
+    that differ then put points into other cells, and solver steps enlarge that.
+    """
+    before = torch.get_num_threads()
+    if count is None or count == before or device.type != "cpu":
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -233,36 +252,40 @@ class Completer(nn.Module):
         seeds: int | Sequence[int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        threads: int | None = 1,
     ) -> tuple[Float[Tensor, "n 3"], Int[Tensor, " b"]]:
         """Complete scans: points in metres as the solver left them, and their end rows.
 
-        One by one: products of larger matrices round differently, and a scan should not depend on its batch.
+        One by one, and on the CPU by one thread: products of larger matrices, or by more threads, round differently,
+        and a scan should depend neither on its batch nor on the machine's cores.
 
         Args:
             coord: scans in metres, sensor frame.
             offset: their end rows.
             seeds: see `ScanNoise`; the model's seed if None.
             steps, guidance: instead of the model's.
+            threads: on the CPU; None: as many as torch has, where speed counts for more.
         """
         ends = offset.tolist()
         noise = ScanNoise(offset, self.seed if seeds is None else seeds)
         parts = []
-        for begin, end, seed in zip([0, *ends[:-1]], ends, noise.seeds):
-            scan = coord[begin:end]
-            own = offset.new_tensor([end - begin])
-            condition = self.encoder(scan, own)
-            base, rows = tile(scan, own, self.repeat)
-            parts.append(
-                self.solve(
-                    self.completing,
-                    base,
-                    rows,
-                    condition,
-                    self.steps if steps is None else steps,
-                    self.guidance if guidance is None else guidance,
-                    seeds=seed,
+        with cpu_threads(threads, coord.device):
+            for begin, end, seed in zip([0, *ends[:-1]], ends, noise.seeds):
+                scan = coord[begin:end]
+                own = offset.new_tensor([end - begin])
+                condition = self.encoder(scan, own)
+                base, rows = tile(scan, own, self.repeat)
+                parts.append(
+                    self.solve(
+                        self.completing,
+                        base,
+                        rows,
+                        condition,
+                        self.steps if steps is None else steps,
+                        self.guidance if guidance is None else guidance,
+                        seeds=seed,
+                    )
                 )
-            )
         return torch.cat(parts), offset * self.repeat
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:

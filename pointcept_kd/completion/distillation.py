@@ -54,6 +54,8 @@ from .score import (
 
 RANDOM = "random"  # the `weight` of a teacher that is meant to be untrained
 PHASES = ("auxiliary", "student")
+# What completing needs to know beside the networks and the schedule.
+SETTINGS = ("process", "repeat", "steps", "guidance", "sampling", "seed", "max_range")
 
 
 def _iou(completion: Tensor, scene: Tensor) -> float:
@@ -103,6 +105,42 @@ def load_teacher(model: Mapping[str, Any] | nn.Module, weight: str | None) -> Co
     return teacher
 
 
+def plain_completer(model: Any, source: str = "the config") -> dict[str, Any]:
+    """The config of the network that completes: a completer's own; of a distillation the student's, with its settings.
+
+    Args:
+        model: config of a registered completer.
+        source: where it is from, for messages.
+
+    Raises:
+        InputError: for a config of something that does not complete scans.
+    """
+    kind = model.get("type") if isinstance(model, Mapping) else None
+    if not isinstance(kind, str) or not issubclass(MODELS.resolve(kind), Completer):
+        raise InputError(
+            f"{source}: {kind or 'no model'} completes no scans; see configs/completion"
+        )
+    if not issubclass(MODELS.resolve(kind), _Taught):
+        return dict(model)
+    with torch.device("meta"):  # only to ask it for its settings
+        taught = MODELS.build({**model, "teacher": {**model["teacher"], "weight": RANDOM}})
+    return {**model["teacher"]["model"], **{name: getattr(taught, name) for name in SETTINGS}}
+
+
+def completer_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a plain completer: of a distillation's the student's, or their running average."""
+    weights = student_weights(state_dict)
+    if not any(key.startswith(("watchers.", "average.")) for key in weights):
+        return weights
+    averaged = any(key.startswith("average.") for key in weights)
+    student = "average." if averaged else "denoiser."
+    kept = {key: value for key, value in weights.items() if key.startswith("encoder.")}
+    for key, value in weights.items():
+        if key.startswith(student):
+            kept[f"denoiser.{key.removeprefix(student)}"] = value
+    return kept
+
+
 class _Taught(Completer):
     """A completer with a trained denoiser, a frozen encoder, and a frozen denoiser outside the module tree.
 
@@ -116,15 +154,7 @@ class _Taught(Completer):
 
     def __init__(self, teacher: Mapping[str, Any], freeze_bn: bool, **options: Any) -> None:
         guest = load_teacher(teacher["model"], teacher.get("weight"))
-        settings = dict(
-            process=guest.process,
-            repeat=guest.repeat,
-            steps=guest.steps,
-            guidance=guest.guidance,
-            sampling=guest.sampling,
-            seed=guest.seed,
-            max_range=guest.max_range,
-        )
+        settings = {name: getattr(guest, name) for name in SETTINGS}
         if "schedule" in options:
             raise InputError("the schedule is the teacher's; a student cannot have another one")
         super().__init__(guest.encoder, copy.deepcopy(guest.denoiser), **{**settings, **options})

@@ -115,7 +115,7 @@ def viewpoint_mask(points: NDArray, seen: NDArray, cell: float = VIEW_CELL) -> N
     return inside
 
 
-def condition_points(points: NDArray, count: int) -> NDArray:
+def condition_points(points: NDArray, count: int, radius: float = RADIUS) -> NDArray:
     """A raw scan as the networks take it at inference: cropped, repeated if it is thin, farthest point sampled.
 
     Moving objects and points below the road stay, as no label is known.
@@ -123,35 +123,37 @@ def condition_points(points: NDArray, count: int) -> NDArray:
     Args:
         points: (n, 3 or more), sensor frame, metres.
         count: M.
+        radius: metres from the sensor; points beyond are left out.
 
     Returns:
         (M, 3) float32.
 
     Raises:
-        InputError: when no point lies between 3.5 and 50 m.
+        InputError: when no point lies between 3.5 m and the radius.
     """
-    cloud = np.ascontiguousarray(points[within(points), :3], np.float32)
+    cloud = np.ascontiguousarray(points[within(points, far=radius), :3], np.float32)
     if not len(cloud):
         raise InputError(
-            f"none of {len(points)} points lies {NEAR} to {RADIUS:.0f} m from the sensor"
+            f"none of {len(points)} points lies {NEAR} to {radius:g} m from the sensor"
         )
     cloud = repeated(cloud, count)
     return _spread_out(cloud, count)
 
 
-def completion_target(around: NDArray, scan: NDArray) -> NDArray:
+def completion_target(around: NDArray, scan: NDArray, radius: float = RADIUS) -> NDArray:
     """The ground truth of an evaluation, as it is, unpadded.
 
     Args:
-        around: (n, 3) map within 50 m in the sensor's frame.
+        around: (n, 3) map within the radius in the sensor's frame.
         scan: (m, 3 or more) the whole raw scan.
+        radius: metres from the sensor.
 
     Returns:
-        (k, 3): -4 m < z < 4.4 m, in the view-point cells of the scan's points within 50 m.
+        (k, 3): -4 m < z < 4.4 m, in the view-point cells of the scan's points within the radius.
     """
     z = around[:, 2]
     kept = around[(z > FLOOR) & (z < CEILING)]
-    return kept[viewpoint_mask(kept, scan[ranges(scan) < RADIUS * RADIUS, :3])]
+    return kept[viewpoint_mask(kept, scan[ranges(scan) < radius * radius, :3])]
 
 
 @dataclass(frozen=True)
@@ -234,10 +236,14 @@ def _shuffled(cloud: NDArray, wanted: int) -> NDArray:
 class _Clouds(SemanticKITTIDataset):
     """What pairs and windows share: sizes, augmentation, poses without a calibration."""
 
-    def __init__(self, points: int, augment: bool | Mapping[str, Any], **others: Any) -> None:
+    def __init__(
+        self, points: int, augment: bool | Mapping[str, Any], radius: float, **others: Any
+    ) -> None:
         if isinstance(points, bool) or not isinstance(points, int) or points < 1:
             raise InputError(f"points={points!r}: expected a whole number of points, 1 or more")
-        self.points = points
+        if not NEAR < radius < float("inf"):
+            raise InputError(f"radius={radius!r}: expected metres, more than {NEAR}")
+        self.points, self.radius = points, float(radius)
         self.augmentation = _augmentation(augment)
         super().__init__(**others)
 
@@ -263,10 +269,12 @@ class _Clouds(SemanticKITTIDataset):
         return scan[kept], None if labels is None else labels[kept]
 
     def _cropped(self, path: Path, points: NDArray) -> NDArray:
-        cloud = np.ascontiguousarray(points[within(points) & (points[:, 2] > FLOOR), :3])
+        cloud = np.ascontiguousarray(
+            points[within(points, far=self.radius) & (points[:, 2] > FLOOR), :3]
+        )
         if not len(cloud):
             raise InputError(
-                f"{path}: no labelled static point lies {NEAR} to {RADIUS:.0f} m from the sensor; "
+                f"{path}: no labelled static point lies {NEAR} to {self.radius:g} m from the sensor; "
                 "leave the scan out"
             )
         return cloud
@@ -300,6 +308,7 @@ class CompletionDataset(_Clouds):
         points: P.
         condition: M; None is P / 10.
         augment: whether to move the pairs, or other values for `Augmentation`; never in test mode.
+        radius: metres from the sensor that scan and map are cropped to.
         maps: the data root that holds the maps; None: `data_root`.
         check_maps: refuse maps that were made of other files than those that are there.
         without_map: what to do with a sequence that has no map. "error"; "input": the partial cloud is the full one
@@ -325,13 +334,14 @@ class CompletionDataset(_Clouds):
         points: int = 180_000,
         condition: int | None = None,
         augment: bool | Mapping[str, Any] = False,
+        radius: float = RADIUS,
         maps: str | None = None,
         check_maps: bool = True,
         without_map: str = "auto",
     ) -> None:
         require_choice("without_map", without_map, WITHOUT_MAP)
         super().__init__(
-            points, augment, split=split, data_root=data_root, transform=transform, test_mode=test_mode,
+            points, augment, radius, split=split, data_root=data_root, transform=transform, test_mode=test_mode,
             test_cfg=test_cfg, cache=cache, ignore_index=ignore_index, loop=loop, sequences=sequences,
             nonfinite=nonfinite,
         )  # fmt: skip
@@ -366,19 +376,20 @@ class CompletionDataset(_Clouds):
         name = self.get_data_name(idx)
         if self.test_mode:
             try:
-                coord = condition_points(scan, self.condition)
+                coord = condition_points(scan, self.condition, self.radius)
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
             if drive is None:
-                target = np.ascontiguousarray(scan[within(scan), :3])
+                target = np.ascontiguousarray(scan[within(scan, far=self.radius), :3])
             else:
-                target = completion_target(drive.around(self._pose(path), RADIUS), scan)
+                around = drive.around(self._pose(path), self.radius)
+                target = completion_target(around, scan, self.radius)
             return {"coord": coord, "target": target, "name": name}
         partial = scan if labels is None else scan[static_rows(scan, labels, 0.0)]
         coord = self._cropped(path, partial)
         if drive is None:
             return {"coord": coord, "complete": coord.copy(), "name": name}
-        full = drive.around(self._pose(path), RADIUS)
+        full = drive.around(self._pose(path), self.radius)
         return {"coord": coord, "complete": full[full[:, 2] > FLOOR], "name": name}
 
     def prepare_train_data(self, idx: int) -> Any:
@@ -403,14 +414,14 @@ class RefinementDataset(_Clouds):
 
     The scans of a window are joined without moving objects (labels from 252) and without the car. A sample is
     `coord` (P, 3), points with Gaussian noise of 0.2 m clipped at 0.3 m in every coordinate; `complete` (2 P, 3), one
-    point per 10 cm cell; both within 50 m; and `name`, that of the scan whose frame it is in.
+    point per 10 cm cell; both within the radius; and `name`, that of the scan whose frame it is in.
 
     Args:
         split, data_root, sequences, nonfinite: see `SemanticKITTIDataset`.
         points: P.
         window: scans of a window; one window starts at every scan that so many begin with. A shorter sequence is one.
         frame: "middle": the frame of the window's middle scan, which has seen the most of it; "last", as LiDiff has.
-        augment: as in `CompletionDataset`.
+        augment, radius: as in `CompletionDataset`.
         transform, cache, loop: see `DefaultDataset`.
 
     Raises:
@@ -433,6 +444,7 @@ class RefinementDataset(_Clouds):
         window: int = 40,
         frame: str = "middle",
         augment: bool | Mapping[str, Any] = False,
+        radius: float = RADIUS,
     ) -> None:
         require_choice("frame", frame, FRAMES)
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
@@ -441,7 +453,7 @@ class RefinementDataset(_Clouds):
             raise InputError("RefinementDataset is for training; test with CompletionDataset")
         self.window, self.frame = window, frame
         super().__init__(
-            points, augment, split=split, data_root=data_root, transform=transform, test_mode=test_mode,
+            points, augment, radius, split=split, data_root=data_root, transform=transform, test_mode=test_mode,
             test_cfg=test_cfg, cache=cache, ignore_index=ignore_index, loop=loop, sequences=sequences,
             nonfinite=nonfinite,
         )  # fmt: skip
@@ -459,11 +471,11 @@ class RefinementDataset(_Clouds):
         return [w[len(w) // 2] if self.frame == "middle" else w[-1] for w in self._windows]
 
     def get_data(self, idx: int) -> dict[str, Any]:
-        """The points of a window that any augmentation may bring within 50 m: `coord` (n, 3)."""
+        """The points of a window that any augmentation may bring within the radius: `coord` (n, 3)."""
         path = self._path(idx)
         reference, parts = self._pose(path), []
         shrink = 1.0 if self.augmentation is None else self.augmentation.scale[0]
-        reach = (RADIUS + JITTER_MOST * 2) / shrink
+        reach = (self.radius + JITTER_MOST * 2) / shrink
         for name in self._windows[idx % len(self.data_list)]:
             scan, labels = self._scan(Path(name))
             if labels is None:
@@ -474,7 +486,7 @@ class RefinementDataset(_Clouds):
         name, cloud = self.get_data_name(idx), np.concatenate(parts)
         if not len(cloud):
             raise InputError(
-                f"window of {name}: no static point within {RADIUS:.0f} m; leave the sequence out"
+                f"window of {name}: no static point within {self.radius:g} m; leave the sequence out"
             )
         return {"coord": cloud, "name": name}
 
@@ -485,7 +497,7 @@ class RefinementDataset(_Clouds):
         if self.augmentation is not None:
             cloud = moved_by(cloud, self.augmentation.draw())
         dense = cloud[first_of_cells(cloud, CELL)]
-        dense = dense[ranges(dense) < RADIUS * RADIUS]
+        dense = dense[ranges(dense) < self.radius**2]
         try:
             data["coord"] = self._noisy(cloud)
             data["complete"] = _shuffled(dense, 2 * self.points)
@@ -502,7 +514,7 @@ class RefinementDataset(_Clouds):
             part = cloud[order[start : start + self.points]]
             noise = np.random.normal(0, JITTER, part.shape)
             part = part + np.clip(noise, -JITTER_MOST, JITTER_MOST).astype(np.float32)
-            found.append(part[ranges(part) < RADIUS * RADIUS])
+            found.append(part[ranges(part) < self.radius**2])
             count += len(found[-1])
             if count >= self.points:
                 break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,8 @@ RAMP = np.array(
 )  # fmt: skip
 SMOOTH = 2  # drawn pixels per asked-for pixel, along each axis
 _LARGEST = 9  # pixels along the side of a point that is right before the eye
+# Metres along the side of a point, at least and at most; the first for this many points within 50 m.
+POINT, POINT_MOST, MANY = 0.07, 0.35, 120_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class View:
     eye: tuple[float, float, float] = (-24.0, 0.0, 16.0)
     target: tuple[float, float, float] = (8.0, 0.0, -2.0)
     fov: float = 62.0
-    point: float = 0.07
+    point: float = POINT
 
     def project(self, coord: NDArray, width: int, height: int) -> tuple[NDArray, NDArray, float]:
         """Places (n, 2) as column and row, depths (n,) in metres along the line of sight, and pixels per radian."""
@@ -70,6 +72,17 @@ def height_colors(height: NDArray, span: tuple[float, float]) -> NDArray:
     at = np.clip((np.asarray(height, np.float64) - low) / (high - low), 0, 1) * (len(RAMP) - 1)
     channels = [np.interp(at, np.arange(len(RAMP)), RAMP[:, c]) for c in range(3)]
     return np.rint(np.stack(channels, axis=1)).astype(np.uint8)
+
+
+def point_size(count: int, reach: float = 50.0) -> float:
+    """Metres along the side of a point's square, so that clouds of few points are as easy to see as those of many.
+
+    Args:
+        count: points of the cloud.
+        reach: metres from the sensor that they are spread over.
+    """
+    size = POINT * np.sqrt(MANY / max(count, 1)) * reach / 50
+    return float(np.clip(size, POINT, POINT_MOST))
 
 
 def splat(
@@ -207,6 +220,7 @@ def birdseye(
     width: int = 1000,
     span: tuple[float, float] | None = None,
     smooth: int = SMOOTH,
+    point: float = 0.0,
 ) -> NDArray:
     """A cloud from above: `2 half` metres square around the sensor, forward (x) up, left (y) left.
 
@@ -215,6 +229,7 @@ def birdseye(
         colors: (n, 3) uint8; those of the height if None.
         span: heights between which the colours change; those of this cloud if None.
         smooth: drawn pixels per pixel along each axis; 1 leaves edges jagged.
+        point: side of a point's square, metres; about one pixel at least.
 
     Returns:
         (width, width, 3) uint8.
@@ -225,7 +240,8 @@ def birdseye(
     points, colors = _prepare(coord, colors, span)
     side = width * smooth
     place = (half - points[:, [1, 0]]) * (side / (2 * half))
-    pixels, depths = splat(place, -points[:, 2], colors, (side, side), 2 * smooth - 1)
+    size = int(np.clip(np.rint(point * side / (2 * half)), 2 * smooth - 1, _LARGEST * smooth))
+    pixels, depths = splat(place, -points[:, 2], colors, (side, side), size)
     return _finish(pixels, 0.4 * _edges(depths, smooth), smooth)
 
 
@@ -246,22 +262,34 @@ def side_by_side(pictures: Sequence[NDArray], gap: int = 6) -> NDArray:
     return np.concatenate(row, axis=1)
 
 
-def write_panels(
-    path: str | os.PathLike[str],
+def _near(view: View, factor: float, point: float) -> View:
+    """A view from nearer by a factor, but not so near that the first car hides the street."""
+    factor = min(max(factor, 0.6), 1.0)
+    x, y, z = (factor * value for value in view.eye)
+    return replace(view, eye=(x, y, z), point=point)
+
+
+def panels(
     clouds: Sequence[ArrayLike],
     kind: str = "perspective",
     view: View | None = None,
     width: int = 1000,
     half: float = 50.0,
-) -> None:
-    """Write a PNG of clouds side by side, such as partial, completed and true, in one scale of colours.
+    span: tuple[float, float] | None = None,
+) -> NDArray:
+    """Clouds side by side, such as partial, completed and true, in one scale of colours.
 
     Args:
         clouds: (n, 3) metres each.
         kind: `perspective` or `birdseye`.
-        view: of `perspective`.
+        view: of `perspective`; by default the usual one, as much nearer as `half` is smaller than 50 m, with points of
+            `point_size`, as they are in `birdseye`.
         width: pixels of one panel.
-        half: of `birdseye`: half the side of its square, metres.
+        half: metres from the sensor to the edges of `birdseye`.
+        span: heights between which the colours change; those that most clouds share if None.
+
+    Returns:
+        (h, w, 3) uint8.
 
     Raises:
         ValueError: for another kind, no clouds, or clouds of other shapes.
@@ -270,10 +298,25 @@ def write_panels(
         raise ValueError(f"kind={kind!r}: expected perspective or birdseye")
     arrays = [_prepare(cloud, None, (0, 1))[0] for cloud in clouds]
     # The heights that most clouds share: a few stray points must not wash out the rest.
-    span = height_span(*arrays)
-    if kind == "birdseye":
-        pictures = [birdseye(cloud, half=half, width=width, span=span) for cloud in arrays]
-    else:
-        height = round(0.6 * width)
-        pictures = [perspective(c, None, view, width, height, span) for c in arrays]
-    write_png(path, side_by_side(pictures))
+    span = height_span(*arrays) if span is None else span
+    pictures = []
+    for cloud in arrays:
+        point = point_size(len(cloud), half)
+        if kind == "birdseye":
+            pictures.append(birdseye(cloud, half=half, width=width, span=span, point=point))
+        else:
+            seen = _near(View(), half / 50, point) if view is None else view
+            pictures.append(perspective(cloud, None, seen, width, round(0.6 * width), span))
+    return side_by_side(pictures)
+
+
+def write_panels(
+    path: str | os.PathLike[str],
+    clouds: Sequence[ArrayLike],
+    kind: str = "perspective",
+    view: View | None = None,
+    width: int = 1000,
+    half: float = 50.0,
+) -> None:
+    """Write `panels` of clouds as a PNG; arguments and errors as there."""
+    write_png(path, panels(clouds, kind, view, width, half))

@@ -372,6 +372,8 @@ class Denoiser(_Network):
             self.add_module(f"latent_{name}", _mlp(c, c, c))
             self.add_module(f"latemp_{name}", _mlp(2 * c, w[hidden], w[out]))
             self.add_module(f"{name}_temp", _mlp(w[8], w[8], c))
+            # Gates multiply: begun about 0, as layers are, eight in a row would leave nothing to learn from.
+            nn.init.ones_(self.get_submodule(f"latemp_{name}")[2].bias)
         self._add_decoder(3)
         self.register_parameter("null", nn.Parameter(torch.zeros(c)) if null == "learned" else None)
         self.train(self.training)

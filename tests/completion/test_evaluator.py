@@ -328,7 +328,7 @@ def test_other_files_by_other_readers(tmp_path):
     write_folders(tmp_path)
     for path in (tmp_path / "b").iterdir():
         path.rename(path.with_suffix(".XYZ"))
-    with pytest.raises(InputError, match=r"holds no \.bin, \.npy file"):
+    with pytest.raises(InputError, match=r"holds no \.bin, \.npy"):
         evaluate_folder(tmp_path / "a", tmp_path / "b")
     given = CompletionScores(emd_points=10)
     scores = evaluate_folder(

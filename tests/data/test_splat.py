@@ -237,6 +237,40 @@ def test_panels(tmp_path):
     assert decode_png((tmp_path / "b.png").read_bytes()).shape == (30, 50, 3)
 
 
+def test_panels_in_a_given_scale_of_heights():
+    cloud = np.zeros((50, 3))
+    cloud[:, 0], cloud[:, 2] = 10, 2
+    for kind, height in (("birdseye", 80), ("perspective", 48)):
+        # A second cloud changes nothing in the first picture where the scale is given.
+        alone = splat.panels([cloud], kind, width=80, span=(0, 4))
+        both = splat.panels([cloud, cloud * [1, 1, 9]], kind, width=80, span=(0, 4))
+        assert alone.shape == (height, 80, 3)
+        np.testing.assert_array_equal(both[:, :80], alone)
+        assert (both[:, 86:] != alone).any()
+        assert (splat.panels([cloud, cloud * [1, 1, 9]], kind, width=80)[:, :80] != alone).any()
+    picture = splat.panels([cloud], "birdseye", width=80, half=20, span=(0, 4))
+    assert picture[20, 40].tolist() == splat.height_colors([2], (0, 4))[0].tolist()
+    twice = splat.panels([cloud, cloud], "birdseye", width=80, half=20, span=(0, 4))
+    np.testing.assert_array_equal(twice[:, 86:], picture)
+
+
+def test_few_points_are_drawn_larger():
+    sizes = [splat.point_size(count) for count in (10**6, 120_000, 30_000, 4800, 10, 0)]
+    assert sizes == pytest.approx([0.07, 0.07, 0.14, 0.35, 0.35, 0.35])
+    assert splat.point_size(4800, 20) == pytest.approx(0.14)
+    # A square of 1 m is 4 pixels wide where a metre has 4.
+    picture = splat.birdseye(np.zeros((1, 3)), RED[None], half=5, width=40, smooth=1, point=1.0)
+    assert (picture == RED).all(axis=2).sum() == 16
+    # A smaller reach is seen from nearer.
+    one = np.array([(5.0, 0, 0)])
+    wide, near = (
+        (splat.panels([one], "perspective", width=200, half=half) != BACKGROUND).any(2).sum()
+        for half in (50, 20)
+    )
+    assert wide >= 1
+    assert near > wide
+
+
 def test_panels_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="kind='front'"):
         splat.write_panels(tmp_path / "a.png", [np.zeros((1, 3))], "front")
