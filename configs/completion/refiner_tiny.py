@@ -14,5 +14,7 @@ model = dict(
     ),
 )
 evaluate = False
+epoch = 12
+eval_epoch = 12
 optimizer = dict(type="Adam", lr=0.001)
 scheduler = dict(type="MultiStepLR", milestones=[0.5, 0.75], gamma=0.5)

@@ -18,5 +18,5 @@ model = dict(
     ),
     beta=2000.0,
     pair_steps=4,
-    pair_guidance=6.0,
+    pair_guidance=1.0,
 )

@@ -1,11 +1,16 @@
-"""`teacher_to_preference_student.py`, tiny, on the simulated streets."""
+"""`teacher_to_preference_student.py`, tiny, on the simulated streets; with the structural losses of score distillation.
+
+Without them this student gets worse than its teacher: the pairs hardly differ, and the loser's term has no lower bound.
+"""
 
 _base_ = ["../_base_/completion_tiny.py"]
 
 save_path = "exp/sim_tiny/completion_preference"
+epoch = 4
+eval_epoch = 1
 optimizer = dict(
-    auxiliary=dict(type="SGD", lr=1e-3, modules=["watchers"]),
-    student=dict(type="SGD", lr=1e-3, modules=["denoiser"]),
+    auxiliary=dict(type="Adam", lr=1e-4, modules=["watchers"]),
+    student=dict(type="Adam", lr=2e-4, modules=["denoiser"]),
 )
 scheduler = dict(
     auxiliary=dict(type="MultiStepLR", milestones=[1.0], gamma=1.0),  # constant
@@ -20,6 +25,10 @@ model = dict(
         config="configs/completion/teacher_tiny.py",
         train_if_missing=True,
     ),
+    train_steps=8,
+    random_stop=True,
+    scene_weight=0.5,
+    point_weight=0.01,
     steps=8,
-    guidance=3.5,
+    guidance=1.0,
 )

@@ -238,6 +238,10 @@ class _Student(_Taught):
         ema: decay of a running average of the student's weights, which then completes in evaluation and is exported;
             0 for none. It takes in the weights that a training step of the student starts from.
         steps, guidance: in evaluation.
+        scene_weight, point_weight: weights of the structural losses, which compare completions with the full scene; 0
+            leaves one out.
+        scene, point: their forms, see `scene_loss` and `point_loss`.
+        candidates, keys, neighbours: of `point_loss`.
         Others: see `_Taught`.
     """
 
@@ -252,9 +256,21 @@ class _Student(_Taught):
         freeze_bn: bool = True,
         steps: int = 8,
         guidance: float = 3.5,
+        scene_weight: float = 0.0,
+        point_weight: float = 0.0,
+        scene: str = "chamfer",
+        point: str = "matched",
+        candidates: int | None = None,
+        keys: int | None = None,
+        neighbours: int = 180,
         **options: Any,
     ) -> None:
         super().__init__(teacher, freeze_bn, steps=steps, guidance=guidance, **options)
+        check_choice("scene", scene, SCENE_KINDS)
+        check_choice("point", point, POINT_KINDS)
+        self.scene_weight, self.point_weight = scene_weight, point_weight
+        self.scene, self.point = scene, point
+        self.candidates, self.keys, self.neighbours = candidates, keys, neighbours
         if not 1 <= train_steps < len(self.schedule):
             raise InputError(f"train_steps must lie in 1 .. {len(self.schedule) - 1}")
         if not 0 <= ema < 1:
@@ -303,6 +319,24 @@ class _Student(_Taught):
             **options,
         )
 
+    def _structure(
+        self, x: Tensor, ends: Tensor, batch: Mapping[str, Any]
+    ) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """The weighted structural losses of completions, summed, and each of them for the log."""
+        g, g_ends = batch["complete"], batch["complete_offset"]
+        total: Tensor | float = 0.0
+        report = {}
+        if self.scene_weight:
+            value = scene_loss(x, g, ends, g_ends, self.scene)
+            total = total + self.scene_weight * value
+            report["loss_scene"] = value.detach()
+        if self.point_weight:
+            keys = self.candidates, self.keys, self.neighbours
+            value = point_loss(x, g, ends, g_ends, *keys, kind=self.point)
+            total = total + self.point_weight * value
+            report["loss_point"] = value.detach()
+        return total, report
+
     def _stop(self) -> int | None:
         return draw_stop(self.train_steps) if self.random_stop else None
 
@@ -327,9 +361,7 @@ class ScoreDistillation(_Student):
     `gap`: the mean squared difference of the two scores.
 
     Args:
-        scene_weight, point_weight: weights of the structural losses; 0 leaves one out.
-        scene, point: their forms, see `scene_loss` and `point_loss`.
-        candidates, keys, neighbours: of `point_loss`.
+        scene_weight, point_weight: as published, see `_Student`.
         score_weight: weight of the distillation term.
         normalize: divide that term, scan by scan, by the mean error of the teacher's prediction.
         Others: see `_Student`.
@@ -340,21 +372,11 @@ class ScoreDistillation(_Student):
         teacher: Mapping[str, Any],
         scene_weight: float = 0.5,
         point_weight: float = 0.01,
-        scene: str = "chamfer",
-        point: str = "matched",
-        candidates: int | None = None,
-        keys: int | None = None,
-        neighbours: int = 180,
         score_weight: float = 1.0,
         normalize: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(teacher, **options)
-        check_choice("scene", scene, SCENE_KINDS)
-        check_choice("point", point, POINT_KINDS)
-        self.scene_weight, self.point_weight = scene_weight, point_weight
-        self.scene, self.point = scene, point
-        self.candidates, self.keys, self.neighbours = candidates, keys, neighbours
+        super().__init__(teacher, scene_weight=scene_weight, point_weight=point_weight, **options)
         self.score_weight, self.normalize = score_weight, normalize
         self._watch(1)
 
@@ -380,17 +402,8 @@ class ScoreDistillation(_Student):
             if self.normalize:
                 weight = normalising_weight(x, self._clean(x_t, seen, t, ends), ends)
             total = self.score_weight * score_surrogate(x, seen, watched, weight)
-            g, g_ends = batch["complete"], batch["complete_offset"]
-            if self.scene_weight:
-                value = scene_loss(x, g, ends, g_ends, self.scene)
-                total = total + self.scene_weight * value
-                report["loss_scene"] = value.detach()
-            if self.point_weight:
-                keys = self.candidates, self.keys, self.neighbours
-                value = point_loss(x, g, ends, g_ends, *keys, kind=self.point)
-                total = total + self.point_weight * value
-                report["loss_point"] = value.detach()
-        return {"loss": total, **report}
+            structure, values = self._structure(x, ends, batch)
+        return {"loss": total + structure, **report, **values}
 
     def _clean(self, x_t: Tensor, e: Tensor, t: Tensor, ends: Tensor) -> Tensor:
         """What predicted noise leaves of noised points."""
@@ -406,6 +419,9 @@ class PreferenceDistillation(_Student):
 
     A batch holds, beside the scan, `complete` (n, 3) in metres and `complete_offset`. Phase `auxiliary` returns
     `loss_auxiliary`; phase `student` what `diagnostics` says, since the loss's value means nothing.
+
+    The term of the loser has no lower bound. Structural losses of the winner (`scene_weight`, `point_weight`, which
+    the published method has not) hold it.
 
     Args:
         pairing, scale: see `pair_noise`.
@@ -480,7 +496,9 @@ class PreferenceDistillation(_Student):
                 )
             else:
                 loss = preference_loss(winner, loser, seen_w, better, seen_l, worse, v)
-        return {"loss": loss, **diagnostics(seen_w, better, seen_l, worse, *ranking, v)}
+            structure, values = self._structure(winner, ends, batch)
+        report = diagnostics(seen_w, better, seen_l, worse, *ranking, v)
+        return {"loss": loss + structure, **report, **values}
 
 
 @kd.MODELS.register_module()

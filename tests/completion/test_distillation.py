@@ -16,6 +16,7 @@ from pointcept_kd.completion.distillation import (
 )
 from pointcept_kd.completion.preference import quality
 from pointcept_kd.completion.schedule import Schedule
+from pointcept_kd.completion.score import scene_loss
 from pointcept_kd.host import InputError
 from pointcept_kd.host.point import offset2batch
 
@@ -191,10 +192,12 @@ def test_random_stop_visits_the_whole_grid():
     assert counts == {1, 2, 3}
 
 
-def test_structural_losses_enter_with_their_weights():
+@pytest.mark.parametrize("kind", KINDS)
+def test_structural_losses_enter_with_their_weights(kind):
     batch, values = scans(), {}
+    sizes = dict(candidates=20, keys=8, neighbours=8)
     for name, weights in dict(none=(0, 0), scene=(2, 0), point=(0, 3), both=(2, 3)).items():
-        model = build(ScoreDistillation, scene_weight=weights[0], point_weight=weights[1])
+        model = build(kind, scene_weight=weights[0], point_weight=weights[1], **sizes)
         torch.manual_seed(5)
         values[name] = model(batch, phase="student")
     assert "loss_scene" not in values["none"]
@@ -204,6 +207,23 @@ def test_structural_losses_enter_with_their_weights():
     expected = values["none"]["loss"] + 2 * scene + 3 * point
     torch.testing.assert_close(values["both"]["loss"], expected)
     torch.testing.assert_close(values["scene"]["loss"], values["none"]["loss"] + 2 * scene)
+
+
+def test_the_structure_compared_is_the_winners():
+    model = build(PreferenceDistillation, scene_weight=1.0, scale=1.5)
+    kept = []
+    pair = model._pair
+    model._pair = lambda *args: kept.append(pair(*args)) or kept[-1]
+    batch = scans()
+    found = model(batch, phase="student")["loss_scene"]
+    winner, loser, ends, _ = kept[0]
+    wanted, other = (
+        scene_loss(x, batch["complete"], ends, batch["complete_offset"]) for x in (winner, loser)
+    )
+    assert found == wanted
+    assert found != other
+    # Published: none.
+    assert "loss_scene" not in build(PreferenceDistillation)(batch, phase="student")
 
 
 @pytest.mark.parametrize("process", ["local", "global"])
