@@ -6,7 +6,7 @@ Without them this student gets worse than its teacher: the pairs hardly differ, 
 _base_ = ["../_base_/completion_tiny.py"]
 
 save_path = "exp/sim_tiny/completion_preference"
-epoch = 4
+epoch = 2  # a step completes every scan twice
 eval_epoch = 1
 optimizer = dict(
     auxiliary=dict(type="Adam", lr=1e-4, modules=["watchers"]),
@@ -14,7 +14,7 @@ optimizer = dict(
 )
 scheduler = dict(
     auxiliary=dict(type="MultiStepLR", milestones=[1.0], gamma=1.0),  # constant
-    student=dict(type="MultiStepLR", milestones=[1.0], gamma=1.0),
+    student=dict(type="MultiStepLR", milestones=[0.5, 0.75], gamma=0.3),
 )
 train = dict(type="kd.AlternatingTrainer")
 model = dict(

@@ -11,7 +11,7 @@ optimizer = dict(
 )
 scheduler = dict(
     auxiliary=dict(type="MultiStepLR", milestones=[1.0], gamma=1.0),  # constant
-    student=dict(type="MultiStepLR", milestones=[1.0], gamma=1.0),
+    student=dict(type="MultiStepLR", milestones=[0.5, 0.75], gamma=0.3),
 )
 train = dict(type="kd.AlternatingTrainer")
 model = dict(
