@@ -25,6 +25,7 @@ COMMANDS = {
     "ablate": "train rows of configs by several seeds, and write their table",
     "convert": "released weights to checkpoints of this package",
     "export-onnx": "a bird's-eye-view student as ONNX",
+    "export-openpcdet": "a VoxelNet encoder for OpenPCDet's detectors, or one of theirs",
     "demo": "from nothing to a distilled student and its report",
     "doctor": "what is installed, what is missing, what that costs",
 }

@@ -7,6 +7,7 @@
     python tools/convert.py lidiff diff_net.ckpt --out weights/lidiff.pth
     python tools/convert.py refiner refine_net.ckpt --out weights/refiner.pth
     python tools/convert.py distillationdpo distillationdpo_st.ckpt --out weights/dpo_student.pth --part student
+    python tools/convert.py slidr minkunet_slidr_1gpu.pt --out weights/slidr.pth --as trunk
 
 Says what became of every entry of the file, and prints the model to put into a config. Weights know nothing of the
 grid that they were trained on and are of no use on another one: where a network has a choice, --range and --shape name
@@ -47,6 +48,7 @@ from pointcept_kd.networks.released_completion import (
     convert_refiner,
     read_tensors,
 )
+from pointcept_kd.networks.released_residual_unet import convert_residual_unet, read_points
 from pointcept_kd.networks.voxels import build_partition
 
 
@@ -214,6 +216,59 @@ def _refiner(args: argparse.Namespace) -> Converted:
     return Converted(weights, model, str(report), report.fates())
 
 
+ROLES = {
+    "pretrained": "the network alone with the heads that it was trained with",
+    "trunk": "without heads, in a segmentor that gets a new one",
+    "segmentor": "its one head is that of the classes, as in fine-tuned files",
+}
+
+
+def _residual_unet_options(parser: argparse.ArgumentParser) -> None:
+    roles = "; ".join(f"{name}: {text}" for name, text in ROLES.items())
+    parser.add_argument(
+        "--as",
+        dest="role",
+        choices=tuple(ROLES),
+        default="pretrained",
+        help=f"what the weights are for. {roles} (default pretrained)",
+    )
+
+
+def _residual_unet(args: argparse.Namespace) -> Converted:
+    file = read_points(args.file)
+    with naming(args.file):
+        weights, report = convert_residual_unet(file.weights, heads=args.role != "trunk")
+    network = dict(type="kd.ResidualUNet", **report.network)
+    lines = [str(report)]
+    if file.settings:
+        told = ", ".join(f"{name}={value}" for name, value in file.settings.items())
+        lines.append(f"trained with {told}")
+    if file.apart:
+        lines.append(f"not read: {', '.join(file.apart)}")
+    if args.role == "pretrained":
+        # Published files of pre-training are normalised; one that says otherwise is believed.
+        network["normalise"] = bool(file.settings.get("normalize_features", True))
+        return Converted(weights, network, "\n".join(lines), report.fates())
+    if args.role == "trunk":
+        width = weights["block8.0.conv1.weight"].shape[0]
+        model = dict(
+            type="DefaultSegmentorV2", num_classes=0, backbone_out_channels=width, backbone=network
+        )
+    elif "class_level" in network:
+        raise InputError(
+            f"{args.file} has two heads, so it is a file of pre-training and none of a segmentor; use --as trunk"
+        )
+    elif file.settings.get("normalize_features"):
+        raise InputError(
+            f"{args.file} was trained with normalised output, so it is a file of pre-training and none of a "
+            "segmentor; use --as trunk"
+        )
+    else:
+        model = dict(type="DefaultSegmentor", backbone=network)
+    named = {f"backbone.{key}": value for key, value in weights.items()}
+    return Converted(named, model, "\n".join(lines), report.fates())
+
+
 COMMANDS = {
     "cylinder3d": Command(
         "Cylinder3D and PVKD, trained with spconv 1", _cylinder3d_options, _cylinder3d
@@ -236,6 +291,11 @@ COMMANDS = {
         "Distillation-DPO: encoder and one of its denoisers",
         _part_options("distillationdpo"),
         _completion,
+    ),
+    "slidr": Command(
+        "SR-UNet34 of SLidR, OLIVINE and others that pre-train with MinkowskiEngine",
+        _residual_unet_options,
+        _residual_unet,
     ),
 }
 

@@ -24,7 +24,7 @@ from pointcept_kd.ops.grid import Partition
 from .errors import InputError
 
 # Where other projects keep their weights in a checkpoint.
-_WEIGHT_KEYS = ("state_dict", "model_state", "model_state_dict", "model")
+_WEIGHT_KEYS = ("state_dict", "model_state", "model_state_dict", "model", "network")
 
 
 def write_atomic(path: str | Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -2,17 +2,23 @@
 
 Importing this room registers the backbones `PT-v3m1`, `SpUNet-v1m1`, `kd.Cylinder3D` and `kd.PolarNet`, the
 segmentors `DefaultSegmentor`, `DefaultSegmentorV2` and `kd.VoxelSegmentor`, and for completion `kd.ConditionEncoder`,
-`kd.Denoiser` and `kd.Refiner`. A network does not know that it is distilled: distillers tap it by module path.
+`kd.Denoiser` and `kd.Refiner`. OpenPCDet's encoders are `kd.VoxelBackBone8x`, `kd.VoxelResBackBone8x` and `kd.UNetV2`,
+and `kd.VoxelEmbedding` pre-trains the first two; `kd.ResidualUNet` is SR-UNet34 and `kd.ImageEncoder` what it learns
+from in image-to-LiDAR pre-training. A network does not know that it is distilled: distillers tap it by
+module path.
 """
 
 from __future__ import annotations
 
 from .cylinder3d import Cylinder3D
 from .denoiser import ConditionEncoder, Denoiser, Refiner
+from .image import ImageEncoder
 from .polarnet import PolarNet
 from .ptv3 import PointTransformerV3
+from .residual_unet import ResidualUNet
 from .segmentor import DefaultSegmentor, DefaultSegmentorV2
 from .sparse_unet import SpUNetBase
+from .voxelnet import UNetV2, VoxelBackBone8x, VoxelEmbedding, VoxelResBackBone8x
 from .voxels import VoxelSegmentor
 
 __all__ = [
@@ -21,9 +27,15 @@ __all__ = [
     "DefaultSegmentor",
     "DefaultSegmentorV2",
     "Denoiser",
+    "ImageEncoder",
     "PointTransformerV3",
     "PolarNet",
     "Refiner",
+    "ResidualUNet",
     "SpUNetBase",
+    "UNetV2",
+    "VoxelBackBone8x",
+    "VoxelEmbedding",
+    "VoxelResBackBone8x",
     "VoxelSegmentor",
 ]
