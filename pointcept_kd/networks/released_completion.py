@@ -15,7 +15,7 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,18 +119,29 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(dtype, str(record), int(count))
 
 
-def read_tensors(path: str | Path) -> dict[str, Any]:
-    """The `state_dict` of a checkpoint, also of one that pickled objects besides, read without running code from it.
+def read_containers(
+    path: str | Path, containers: Sequence[str]
+) -> tuple[dict[str, Any], str | None, dict[str, Any]]:
+    """The weights in a checkpoint, also of one that pickled objects besides, read without running code from it.
 
     Names of classes and functions in the file are not looked up; what they would have made is left out. Tensors outside
-    of `state_dict`, such as an optimiser's, are not read. An entry that is no tensor stays what it is.
+    of the taken container, such as an optimiser's, are not read. An entry that is no tensor stays what it is.
+
+    Args:
+        path: the file.
+        containers: keys under which the weights may be; the first that is there is taken.
+
+    Returns:
+        the file's dict with tensors unread, the key that was taken, None where the file is weights alone (or of before
+        PyTorch 1.6), and the weights.
 
     Raises:
         InputError: for a missing, damaged or foreign file, and one without weights.
     """
     path = Path(path)
     if not zipfile.is_zipfile(path):
-        return load_checkpoint(path)["state_dict"]
+        # Files of PyTorch before 1.6, and what is no checkpoint at all.
+        return {}, None, load_checkpoint(path)["state_dict"]
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
@@ -141,15 +152,15 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
             with archive.open(name) as file:
                 content = _Unpickler(file).load()
             content = content if isinstance(content, dict) else {}
-            weights = content.get("state_dict")
-            if content and all(isinstance(value, _Stored) for value in content.values()):
-                weights = content  # a file of weights alone
-            if not isinstance(weights, dict):
-                found = sorted(map(str, content))
+            taken = next((key for key in containers if isinstance(content.get(key), dict)), None)
+            weights = content if taken is None else content[taken]
+            bare = all(isinstance(value, _Stored) for value in content.values())
+            if taken is None and not (content and bare):
+                found = _some(sorted(map(str, content))) or "no dict"
                 raise InputError(
-                    f"{path} has no weights: expected state_dict, found {_some(found) or 'no dict'}"
+                    f"{path} has no weights: expected {' or '.join(containers)}, found {found}"
                 )
-            return {
+            entries = {
                 str(key): _read(archive, root, value) if isinstance(value, _Stored) else value
                 for key, value in weights.items()
             }
@@ -160,6 +171,12 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]}); copy it again"
         ) from error
+    return content, taken, entries
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """The `state_dict` of a checkpoint; see `read_containers`."""
+    return read_containers(path, ("state_dict",))[2]
 
 
 def _read(archive: zipfile.ZipFile, root: str, stored: _Stored) -> Tensor:

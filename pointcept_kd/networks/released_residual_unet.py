@@ -10,7 +10,6 @@ A plan of blocks that no published network has is an error, as is a key too many
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from pointcept_kd.host import InputError
-from pointcept_kd.host.checkpoint import load_checkpoint
 
 from .released import ConversionReport, _finish, _meet, _meta, _some
-from .released_completion import _read, _Stored, _Unpickler, from_minkowski
+from .released_completion import from_minkowski, read_containers
 from .residual_unet import CHANNELS, LEVELS, PLANS, ResidualUNet
 
 PREFIX = "model_points."
@@ -48,56 +46,21 @@ class ReleasedFile:
 
 
 def read_points(path: str | Path) -> ReleasedFile:
-    """The LiDAR network's entries of a released checkpoint, read without running code from it.
-
-    Names of classes and functions in the file are not looked up, tensors outside of the taken container are not read.
-    An entry that is no tensor stays what it is.
-
-    Raises:
-        InputError: for a missing, damaged or foreign file, and one without weights.
-    """
-    path = Path(path)
-    if not zipfile.is_zipfile(path):
-        # Files of PyTorch before 1.6, and what is no checkpoint at all.
-        return ReleasedFile(load_checkpoint(path)["state_dict"])
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
-            root = name.removesuffix("data.pkl")
-            order = f"{root}byteorder"
-            if order in archive.namelist() and archive.read(order) != b"little":
-                raise ValueError("its numbers are not in little-endian order")
-            with archive.open(name) as file:
-                content = _Unpickler(file).load()
-            content = content if isinstance(content, dict) else {}
-            found = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
-            weights = content[found[0]] if found else content
-            bare = all(isinstance(value, _Stored) for value in content.values())
-            if not weights or not (found or bare):
-                raise InputError(
-                    f"{path} has no weights: expected {' or '.join(CONTAINERS)}, found "
-                    f"{_some(sorted(map(str, content))) or 'no dict'}"
-                )
-            entries = {
-                str(key): _read(archive, root, value) if isinstance(value, _Stored) else value
-                for key, value in weights.items()
-            }
-    except InputError:
-        raise
-    # A damaged file fails in whatever operation the damaged bytes happen to mean.
-    except Exception as error:
-        raise InputError(
-            f"{path}: not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]}); copy it again"
-        ) from error
-    config = content.get("config") if found else None
+    """The LiDAR network's entries of a released checkpoint; see `read_containers` for how, and for errors."""
+    content, taken, weights = read_containers(path, CONTAINERS)
+    if not weights:
+        raise InputError(f"{path} has no weights: {taken} is empty")
+    if taken is None:
+        return ReleasedFile(weights)
+    config = content.get("config")
     config = config if isinstance(config, dict) else {}
     settings = {
         name: config[name] for name in _SETTINGS if isinstance(config.get(name), (bool, int, float))
     }
-    apart = tuple(
-        str(k) for k, v in content.items() if found and k != found[0] and isinstance(v, dict)
+    others = (
+        str(k) for k, v in content.items() if k not in (taken, "config") and isinstance(v, dict)
     )
-    return ReleasedFile(entries, settings, tuple(k for k in apart if k != "config"))
+    return ReleasedFile(weights, settings, tuple(others))
 
 
 def convert_residual_unet(
