@@ -39,10 +39,12 @@ OPTIONAL = {
     "PIL": ("pillow", "images", "reading camera images"),
     "tensorboard": ("tensorboard", "log", "TensorBoard event files; log.jsonl is always written"),
     "flash_attn": ("flash-attn", "flash", "attention kernels on CUDA, where a network asks for them"),
+    "timm": ("timm", "timm", "image networks of timm, such as DINOv2, in kd.ImageEncoder"),
+    "transformers": ("transformers", "weak-labels", "weak labels of images by a prompted segmenter"),
     "spconv": ("spconv", "bench", "a rival in benchmarks/ops.py; never called on a CPU, where its results are wrong"),
 }  # fmt: skip
-# Nothing here needs these, but they are often broken, and then other packages beside them are.
-BYSTANDERS = {"torchvision": "torchvision", "timm": "timm", "transformers": "transformers"}
+# Nothing here needs it, but it is often broken, and then other packages beside it are.
+BYSTANDERS = {"torchvision": "torchvision"}
 
 SECONDS = 90.0  # for a probe; importing large packages from a cold disk takes long
 MARKS = {"ok": "ok", "note": "-", "problem": "PROBLEM"}

@@ -443,6 +443,204 @@ def maps(args: argparse.Namespace) -> int:
     return 2 if report.problems else 0
 
 
+def add_image_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Options of commands that write a PNG for every camera image."""
+    parser.add_argument("--data-root", required=True, type=Path, help="what a config names so")
+    parser.add_argument(
+        "--layout",
+        choices=("kitti", "kitti_object", "nuscenes"),
+        help="default: seen from the folders",
+    )
+    parser.add_argument(
+        "--parts",
+        help="comma-separated: sequences such as 00,08; train,val,test (nuscenes); training,testing (kitti_object); "
+        "default: all with images",
+    )
+    parser.add_argument("--shard", help="i/n, i from 1 to n: only this part of the images")
+    parser.add_argument("--out-name", help=f"folder of the files (default: {name})")
+
+
+def image_options(args: argparse.Namespace) -> dict:
+    """What `add_image_options` asked for."""
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers: {args.workers}; use 1 or more")
+    return {
+        "layout": args.layout,
+        "parts": args.parts.split(",") if args.parts is not None else None,
+        "shard": args.shard,
+        "name": args.out_name,
+        "workers": args.workers,
+    }
+
+
+def tell_images(report) -> int:
+    """Print what was done to the images; 2 if there were problems."""
+    for line in report.problems[:50]:
+        print(f"error: {line}", file=sys.stderr)
+    if len(report.problems) > 50:
+        print(f"error: and {len(report.problems) - 50} more", file=sys.stderr)
+    print(
+        f"{report.written} images in {report.seconds:.1f} s, {report.kept} kept; "
+        f"{len(report.problems) or 'no'} image{'s' if len(report.problems) != 1 else ''} with problems"
+    )
+    return 2 if report.problems else 0
+
+
+def add_superpixels(commands: argparse._SubParsersAction) -> None:
+    """Options of `superpixels`."""
+    parser = commands.add_parser(
+        "superpixels",
+        help="superpixels of camera images",
+        description="Cut every camera image into at most --segments connected pieces (SLIC) and write ids as PNG:\n"
+        "SS/superpixels/NNNNNN.png or training/superpixels/NNNNNN.png (two bytes) for KITTI's layouts,\n"
+        "raw/superpixels_slic/TOKEN.png (one byte) for nuScenes. settings.json beside them holds the parameters; a\n"
+        "folder made with others is refused. Complete files are kept, so an interrupted run goes on where it stopped.\n"
+        "An image that cannot be read is reported and does not stop the others (exit code 2).",
+        epilog="examples:\n"
+        "  python tools/prepare_data.py superpixels --data-root data/semantic_kitti --workers 16\n"
+        "  python tools/prepare_data.py superpixels --data-root data/nuscenes --parts train --segments 30",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_options(parser, "superpixels; nuscenes: superpixels_slic, of 30 segments _slic_30")
+    parser.add_argument("--segments", type=int, default=150, help="the most (default 150)")
+    parser.add_argument(
+        "--compactness", type=float, default=6.0, help="place beside colour (default 6)"
+    )
+    parser.add_argument(
+        "--sigma", type=float, help="smoothing before, pixels (default: 3 for 1600 wide images, others in proportion)"
+    )  # fmt: skip
+    parser.add_argument("--method", default="slic", choices=("slic",), help="default: slic")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.set_defaults(run=write_superpixels)
+
+
+def write_superpixels(args: argparse.Namespace) -> int:
+    """Write superpixels and say how many."""
+    from pointcept_kd.data.label_images import SuperpixelMaker
+    from pointcept_kd.data.label_images import write_superpixels as write
+
+    maker = SuperpixelMaker(args.segments, args.compactness, args.sigma, args.method)
+    report = write(args.data_root, maker, **image_options(args))
+    if report.written:
+        print(f"{report.counts['segments'] / report.written:.1f} segments per image")
+    return tell_images(report)
+
+
+def add_weak_labels(commands: argparse._SubParsersAction) -> None:
+    """Options of `weak-labels`."""
+    parser = commands.add_parser(
+        "weak-labels",
+        help="class masks of camera images without human labels",
+        description="Write a class per pixel of every camera image, one byte: 0 none, 1..K; classes.json names them.\n"
+        "SS/weak_labels/NNNNNN.png or training/weak_labels/NNNNNN.png for KITTI's layouts, raw/camseg/CAM_*/*.png for\n"
+        "nuScenes. Complete files are kept, so an interrupted run goes on where it stopped; a folder made otherwise\n"
+        "is refused. An image that cannot be used is reported and does not stop the others (exit code 2).\n\n"
+        "--producer grounded_sam: Grounding DINO and SAM through transformers (extra `weak-labels`), weights from\n"
+        "folders of yours, nothing is downloaded. png: files of another program. lidarseg: the true classes of LiDAR\n"
+        "points where they appear, the best that labels can do.",
+        epilog="examples:\n"
+        "  python tools/prepare_data.py weak-labels --data-root data/nuscenes --parts train \\\n"
+        "      --producer grounded_sam --detector weights/grounding-dino-tiny --segmenter weights/sam-hq-vit-huge\n"
+        "  python tools/prepare_data.py weak-labels --data-root data/nuscenes --producer png --from seem --zero-based",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_image_options(parser, "weak_labels; nuscenes: camseg")
+    parser.add_argument(
+        "--producer", default="grounded_sam", choices=("grounded_sam", "png", "lidarseg"),
+        help="default: grounded_sam",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classes", help="comma-separated, or one of the sets grounded_sam (13, default) and seem (16)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--alias", action="append", metavar="PHRASE=CLASS", help="another word for a class; more than once if need be"
+    )  # fmt: skip
+    parser.add_argument("--prompt", help="grounded_sam: what to look for (default: the classes)")
+    parser.add_argument("--detector", help="grounded_sam: folder of a Grounding DINO")
+    parser.add_argument("--segmenter", help="grounded_sam: folder of a SAM or HQ-SAM")
+    parser.add_argument("--box-threshold", type=float, default=0.25, help="default 0.25")
+    parser.add_argument("--text-threshold", type=float, default=0.25, help="default 0.25")
+    parser.add_argument("--device", help="grounded_sam: default cuda where there is one, else cpu")
+    parser.add_argument("--from", dest="source", help="png: the folder of the files")
+    parser.add_argument(
+        "--zero-based", action="store_true",
+        help="png: the files say 0 for the first class, K for the background",
+    )  # fmt: skip
+    parser.add_argument(
+        "--zero-is-first", action="store_true",
+        help="png: with --zero-based, 0 is the first class, not also what has no label",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int,
+        help="processes (default: one per core; grounded_sam: 1, each loads the models)",
+    )  # fmt: skip
+    parser.set_defaults(run=write_weak_labels)
+
+
+def write_weak_labels(args: argparse.Namespace) -> int:
+    """Write weak labels and say what was found."""
+    from pointcept_kd.data import weak_labels
+
+    options = image_options(args)
+    if args.producer == "grounded_sam" and args.workers is None:
+        options["workers"] = 1
+    options["layout"] = options["layout"] or weak_labels.layout_of(args.data_root)
+    maker = weak_label_maker(args, options["layout"], options["workers"])
+    report = weak_labels.write_weak_labels(args.data_root, maker, **options)
+    for what, number in report.counts.items():
+        print(f"{number} {what}")
+    if report.unknown:
+        found = ", ".join(
+            f"{phrase!r} {number}" for phrase, number in report.unknown.most_common(20)
+        )
+        print(f"{report.unknown.total()} with unknown phrases, left without a label: {found}")
+    return tell_images(report)
+
+
+def weak_label_maker(args: argparse.Namespace, layout: str, workers: int | None):
+    """What the options ask for; InputError for those that another producer has."""
+    from pointcept_kd.data import weak_labels
+
+    own = {
+        "grounded_sam": ("classes", "alias", "prompt", "detector", "segmenter", "device"),
+        "png": ("classes", "alias", "source", "zero_based", "zero_is_first"),
+        "lidarseg": (),
+    }
+    for key in dict.fromkeys(key for keys in own.values() for key in keys):
+        if getattr(args, key) not in (None, False) and key not in own[args.producer]:
+            option = "from" if key == "source" else key.replace("_", "-")
+            raise InputError(f"--{option} is not for --producer {args.producer}")
+    if args.producer == "lidarseg":
+        return weak_labels.PointLabels(str(args.data_root), layout)
+    default = weak_labels.SEEM_CLASSES if args.zero_based else weak_labels.CLASSES
+    classes = weak_labels.class_names(args.classes, default)
+    aliases = tuple(weak_labels.aliases_of(args.alias, classes).items())
+    needed = ("source",) if args.producer == "png" else ("detector", "segmenter")
+    for key in needed:
+        if getattr(args, key) is None:
+            option = "from" if key == "source" else key
+            raise InputError(f"--producer {args.producer} needs --{option} DIR")
+    if args.producer == "png":
+        return weak_labels.PngLabels(
+            args.source, classes, aliases, args.zero_based, args.zero_is_first
+        )
+    import torch
+
+    from pointcept_kd.data.workers import usable_cores
+
+    return weak_labels.GroundedSam(
+        classes,
+        aliases,
+        weak_labels.prompt_of(classes, args.prompt),
+        args.detector,
+        args.segmenter,
+        args.box_threshold,
+        args.text_threshold,
+        args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        max(1, usable_cores() // workers) if workers > 1 else 0,
+    )
+
+
 def add_check_submission(commands: argparse._SubParsersAction) -> None:
     """Options of `check-submission`."""
     parser = commands.add_parser(
@@ -498,6 +696,8 @@ def main(argv: list[str] | None = None) -> int:
         add_nuscenes_info,
         add_waymo,
         add_maps,
+        add_superpixels,
+        add_weak_labels,
         add_check_submission,
     ):
         add(commands)

@@ -5,24 +5,32 @@
 
 from . import (
     completion_pairs,
+    image_labels,
     kitti,
     mirror,
     nuscenes,
+    pair_transforms,
+    pixel_pairs,
     planar,
     point_index,
     semantic_kitti,
     transforms,
+    voxel_sample,
     waymo,
 )
 
 __all__ = [
     "completion_pairs",
+    "image_labels",
     "kitti",
     "mirror",
     "nuscenes",
+    "pair_transforms",
+    "pixel_pairs",
     "planar",
     "point_index",
     "semantic_kitti",
     "transforms",
+    "voxel_sample",
     "waymo",
 ]

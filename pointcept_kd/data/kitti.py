@@ -5,6 +5,7 @@
                       /calib/NNNNNN.txt              P0..P3 (3 x 4), R0_rect (3 x 3), Tr_velo_to_cam (3 x 4)
                       /image_2/NNNNNN.png
                       /label_2/NNNNNN.txt            15 columns, camera coordinates
+                      /weak_labels/, /superpixels/   where they were made: NNNNNN.png, see `image_maps`
              /testing/...                            without label_2
              /ImageSets/{train,val,trainval,test}.txt  file numbers, one a line
 
@@ -26,6 +27,7 @@ from pointcept_kd.host.loader import DefaultDataset
 
 from .boxes import box_of_points
 from .camera import Camera, image_size, kitti_camera, read_rgb
+from .image_maps import CLASSES_FILE, ImageMapReader
 from .scans import finite_numbers, finite_rows, numbers_of_row, read_rows, require_choice
 from .semantic_kitti import read_scan
 
@@ -111,7 +113,7 @@ def read_boxes(path: str | os.PathLike[str], to_camera: NDArray) -> dict[str, An
 
 
 @kd.DATASETS.register_module()
-class KITTIObjectDataset(DefaultDataset):
+class KITTIObjectDataset(ImageMapReader, DefaultDataset):
     """Frames of the detection benchmark: coord, strength, and weak labels from boxes.
 
     Args:
@@ -257,3 +259,16 @@ class KITTIObjectDataset(DefaultDataset):
     def images(self, idx: int) -> list[NDArray]:
         """The image (h, w, 3) uint8 of that camera."""
         return [read_rgb(self._file(idx, "image_2", ".png"))]
+
+    def weak_label_files(self, idx: int) -> list[Path]:
+        """`weak_labels/NNNNNN.png`."""
+        return [self._file(idx, "weak_labels", ".png")]
+
+    def superpixel_files(self, idx: int, folder: str | None = None) -> list[Path]:
+        """`superpixels/NNNNNN.png`."""
+        return [self._file(idx, folder or "superpixels", ".png")]
+
+    def weak_class_files(self) -> list[Path]:
+        """`weak_labels/classes.json` of `training`, `testing` or both."""
+        folders = dict.fromkeys(Path(path).parent.parent for path in self.data_list)
+        return [folder / "weak_labels" / CLASSES_FILE for folder in folders]

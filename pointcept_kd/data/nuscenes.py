@@ -3,7 +3,8 @@
     data_root/info/nuscenes_infos_10sweeps_{train,val,test}.pkl   what belongs together (see `nuscenes_info`)
              /raw/samples/LIDAR_TOP/*.pcd.bin                     float32 x, y, z, intensity (0..255), ring
                  /sweeps/LIDAR_TOP/*.pcd.bin                      the scans between key frames
-                 /samples/CAM_*/*.jpg
+                 /samples/CAM_*/*.jpg; where they were made, /camseg/CAM_*/*.png and /camseg/classes.json, weak
+                  labels (see `image_maps`), and /superpixels_slic/TOKEN.png, by the image's record
                  /lidarseg/v1.0-trainval/*_lidarseg.bin           uint8 class per point, 0..31
 
 Caesar et al., "nuScenes", CVPR 2020; Fong et al., "Panoptic nuScenes", RA-L 2022; https://www.nuscenes.org.
@@ -24,6 +25,8 @@ from pointcept_kd.host import DATASETS, InputError, kd, stand_in
 from pointcept_kd.host.loader import DefaultDataset
 
 from .camera import Camera, image_size, read_rgb
+from .fractions import restrict
+from .image_maps import CLASSES_FILE, ImageMapReader
 from .nuscenes_files import (
     CLASS_NAMES,
     COLORS,
@@ -46,7 +49,7 @@ IMAGE_SIZE = (1600, 900)
 
 
 @stand_in(DATASETS, kd.DATASETS, "NuScenesDataset")
-class NuScenesDataset(DefaultDataset):
+class NuScenesDataset(ImageMapReader, DefaultDataset):
     """Key frames with 16 classes; strength is intensity / 255, a name is the token of the LiDAR record.
 
     Args:
@@ -57,6 +60,8 @@ class NuScenesDataset(DefaultDataset):
             their points have no labels. A sample then also has `sweep` (n,), 0 for the key frame, whose points come
             first, and `time` (n, 1), seconds before the key frame.
         nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
+        scenes: a file of the scenes to read, `scene-0001` a line (see `fractions`); all others are passed over, and so
+            are names without a key frame in the info files, with a warning.
         transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
 
     A scan without labels (all of `test`) is all `ignore_index`.
@@ -78,6 +83,7 @@ class NuScenesDataset(DefaultDataset):
         sweeps: int = 10,
         aggregate_sweeps: int = 0,
         nonfinite: str = "error",
+        scenes: str | None = None,
     ) -> None:
         require_choice("nonfinite", nonfinite, NONFINITE)
         for key, value, least in (("sweeps", sweeps, 1), ("aggregate_sweeps", aggregate_sweeps, 0)):
@@ -91,6 +97,7 @@ class NuScenesDataset(DefaultDataset):
         self.sweeps = sweeps
         self.aggregate_sweeps = aggregate_sweeps
         self.nonfinite = nonfinite
+        self.scenes = scenes
         self.raw = Path(data_root) / "raw"
         self._warn_missing = WarnOnce(logger)
         super().__init__(
@@ -120,7 +127,18 @@ class NuScenesDataset(DefaultDataset):
                     f"--out {self.data_root}"
                 )
             entries += read_infos(path)
-        return entries
+        if self.scenes is None:
+            return entries
+        unnamed = sum("scene_name" not in entry for entry in entries)
+        if unnamed:
+            raise InputError(
+                f"scenes={self.scenes}: {unnamed} of {len(entries)} entries of {self.info_path('train').parent} do not "
+                "say which scene they are of; make the info files again with tools/prepare_data.py nuscenes-info"
+            )
+        kept, absent = restrict(entries, self.scenes, lambda e: e["scene_name"], lambda name: name)
+        if absent:
+            logger.warning("%s: %d of its scenes are not in the info files", self.scenes, absent)
+        return kept
 
     def info(self, idx: int) -> dict[str, Any]:
         """The info entry of a sample."""
@@ -269,6 +287,38 @@ class NuScenesDataset(DefaultDataset):
     def images(self, idx: int) -> list[NDArray]:
         """The images (h, w, 3) uint8 of a key frame, in the order of `cameras`."""
         return [read_rgb(find_file(self.raw, cam["data_path"])) for cam in self._cams(idx).values()]
+
+    def weak_label_files(self, idx: int) -> list[Path]:
+        """The images' paths with `camseg` in place of `samples`, and `.png` at the end."""
+        return [self._weak_file(cam["data_path"]) for cam in self._cams(idx).values()]
+
+    def _weak_file(self, image: str) -> Path:
+        # From the end: the folders above may have `samples` in their names too.
+        parts = Path(image).parts
+        starts = [row for row in range(len(parts) - 1) if parts[row] == "samples"]
+        if not starts:
+            raise InputError(f"{image}: weak labels are looked for where images are below samples/")
+        return (self.raw / "camseg" / Path(*parts[starts[-1] + 1 :])).with_suffix(".png")
+
+    def superpixel_files(self, idx: int, folder: str | None = None) -> list[Path]:
+        """`superpixels_slic/TOKEN.png` with the tokens of the images' records."""
+        tokens = {name: cam.get("sample_data_token") for name, cam in self._cams(idx).items()}
+        for name, token in tokens.items():
+            if not token:
+                raise InputError(
+                    f"{name} of {self.get_data_name(idx)}: no sample_data_token in the info file; make it "
+                    "again with tools/prepare_data.py nuscenes-info --with-camera"
+                )
+        place = self.raw / (folder or "superpixels_slic")
+        return [place / f"{token}.png" for token in tokens.values()]
+
+    def weak_class_files(self) -> list[Path]:
+        """`camseg/classes.json`."""
+        return [self.raw / "camseg" / CLASSES_FILE]
+
+    def weak_class_file(self, path: Path) -> Path:
+        """`camseg/classes.json`."""
+        return self.raw / "camseg" / CLASSES_FILE
 
     def boxes(self, idx: int) -> dict[str, Any]:
         """Objects of a key frame in the LiDAR's frame.

@@ -3,6 +3,7 @@
 Entries have the keys and conventions that Pointcept reads:
 
     lidar_path, lidar_token, token, timestamp (s)          the key frame; paths relative to the data's folder
+    scene_name, scene_token                                its scene; ours alone
     ref_from_car, car_from_global                          (4, 4), at the time of the LiDAR
     sweeps                                                 scans before it, newest first, `transform_matrix` (4, 4) into
                                                            its frame, `time_lag` (s); at the start of a scene the oldest
@@ -213,12 +214,17 @@ class Writer:
             labelled: add boxes and the path of the labels.
         """
         reference = self._record(token, LIDAR)
+        scene = self.tables.get(
+            "scene", self.tables.rows["sample"][token]["scene_token"], f"sample {token}"
+        )
         on_car, in_world = self._places_of(reference)
         ref_from_car, car_from_global = np.linalg.inv(on_car), np.linalg.inv(in_world)
         info: dict[str, Any] = {
             "lidar_path": reference["filename"],
             "lidar_token": reference["token"],
             "token": token,
+            "scene_name": scene["name"],
+            "scene_token": scene["token"],
             "timestamp": 1e-6 * reference["timestamp"],
             "ref_from_car": ref_from_car,
             "car_from_global": car_from_global,

@@ -7,7 +7,6 @@ superpixels are drawn where they lie beside the images. Needs Pillow (extra `ima
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from pointcept_kd.host import InputError
 
 from . import kitti, nuscenes, semantic_kitti
 from .camera import Camera, paint
-from .pictures import birdseye_png, read_image
+from .image_maps import read_classes
+from .pictures import birdseye_png
 
 GAP, CAPTION = 4, 16
 PAPER, INK = (18, 20, 24), (225, 228, 232)
@@ -96,32 +96,22 @@ def _find(dataset: Any, scan: str | None, whole: bool = True) -> int:
     raise InputError(f"--scan {scan}: {what} in {dataset.data_root}")
 
 
-def _shot(dataset: Any, idx: int, names: tuple, colors: NDArray, **masks: Any) -> Shot:
+def _shot(dataset: Any, idx: int, names: tuple, colors: NDArray) -> Shot:
     data = dataset.get_data(idx)
     cameras, images = dataset.cameras(idx), dataset.images(idx)
-    masks = {"weak": [None] * len(images), "segments": [None] * len(images), "weak_names": [],
-             "unknown": -1} | masks  # fmt: skip
+    weak = segments = [None] * len(images)
+    weak_names: list[str] = []
+    files = dataset.weak_label_files(idx)
+    if all(path.is_file() and dataset.weak_class_file(path).is_file() for path in files):
+        weak = dataset.weak_labels(idx)
+        weak_names = ["none", *read_classes(dataset.weak_class_file(files[0])).names]
+    if all(path.is_file() for path in dataset.superpixel_files(idx)):
+        segments = dataset.superpixels(idx)
     name = dataset.get_data_name(idx)
-    return Shot(name, data["coord"], data["segment"], names, colors, cameras, images, **masks)
-
-
-def _mask(path: Path) -> NDArray | None:
-    if not path.is_file():
-        return None
-    mask = read_image(path)
-    if mask.ndim != 2:
-        raise InputError(f"{path}: a mask has one channel, this is a colour picture")
-    return mask
-
-
-def _weak_names(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        note = json.loads(path.read_bytes())
-        return {"weak_names": list(map(str, note["classes"])), "unknown": int(note["unknown"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: expected `classes` and `unknown` ({error!r})") from error
+    return Shot(
+        name, data["coord"], data["segment"], names, colors, cameras, images, weak, segments,
+        weak_names, 0,
+    )  # fmt: skip
 
 
 def _semantic_kitti(root: Path, scan: str | None) -> Shot:
@@ -134,13 +124,7 @@ def _semantic_kitti(root: Path, scan: str | None) -> Shot:
     sequence = scan[:2] if scan else first
     dataset = semantic_kitti.SemanticKITTIDataset(sequence, str(root))
     idx = _find(dataset, scan)
-    name = dataset.get_data_name(idx)
-    here, file = folder / sequence, f"{name[3:]}.png"
-    return _shot(
-        dataset, idx, semantic_kitti.CLASS_NAMES, semantic_kitti.COLORS,
-        weak=[_mask(here / "weak_labels" / file)], segments=[_mask(here / "superpixels" / file)],
-        **_weak_names(here / "weak_labels" / "classes.json"),
-    )  # fmt: skip
+    return _shot(dataset, idx, semantic_kitti.CLASS_NAMES, semantic_kitti.COLORS)
 
 
 def _nuscenes(root: Path, scan: str | None) -> Shot:
@@ -155,18 +139,7 @@ def _nuscenes(root: Path, scan: str | None) -> Shot:
     splits = [s for s in nuscenes.SPLITS if any(m[1] == sweeps and m[2] == s for m in known)]
     dataset = nuscenes.NuScenesDataset(splits, str(root), sweeps=int(sweeps))
     idx = _find(dataset, scan, whole=False)
-    cams = dataset.info(idx).get("cams") or {}
-    weak, segments = [], []
-    for cam in cams.values():
-        path = Path(cam["data_path"].replace("samples/", "camseg/", 1)).with_suffix(".png")
-        weak.append(_mask(root / "raw" / path))
-        segments.append(
-            _mask(root / "raw" / "superpixels_slic" / f"{cam.get('sample_data_token', '')}.png")
-        )
-    return _shot(
-        dataset, idx, nuscenes.CLASS_NAMES, nuscenes.COLORS, weak=weak, segments=segments,
-        **_weak_names(root / "raw" / "camseg" / "classes.json"),
-    )  # fmt: skip
+    return _shot(dataset, idx, nuscenes.CLASS_NAMES, nuscenes.COLORS)
 
 
 def _kitti(root: Path, scan: str | None) -> Shot:

@@ -4,6 +4,9 @@
                                   /labels/NNNNNN.label   uint32: class in the low 16 bits
                                   /calib.txt             P0..P3, Tr (velodyne to camera 0), 3 x 4
                                   /poses.txt             camera-0 poses, row i belongs to scan i
+                                  /image_2/NNNNNN.png    the left colour camera; beside it, where they were made,
+                                  /weak_labels/NNNNNN.png, /weak_labels/classes.json   see `image_maps`
+                                  /superpixels/NNNNNN.png
 
 Behley et al., "SemanticKITTI", ICCV 2019; http://semantic-kitti.org.
 """
@@ -23,6 +26,8 @@ from pointcept_kd.host import DATASETS, InputError, kd, stand_in
 from pointcept_kd.host.loader import DefaultDataset
 
 from .camera import Camera, image_size, kitti_camera, read_rgb
+from .fractions import restrict
+from .image_maps import CLASSES_FILE, ImageMapReader
 from .scans import (
     NONFINITE,
     WarnOnce,
@@ -163,7 +168,7 @@ def _sequence(entry: str | int, key: str, choice: str) -> str:
 
 
 @stand_in(DATASETS, kd.DATASETS, "SemanticKITTIDataset")
-class SemanticKITTIDataset(DefaultDataset):
+class SemanticKITTIDataset(ImageMapReader, DefaultDataset):
     """Scans with 19 classes.
 
     Args:
@@ -171,6 +176,8 @@ class SemanticKITTIDataset(DefaultDataset):
             list of these.
         data_root: the folder that holds `dataset/sequences`.
         sequences: sequences to read instead of those of the split.
+        scans: a file of the scans to read, `SS_FFFFFF` a line (see `fractions`); all others are passed over. Names of
+            sequences that are not read are passed over too; a name missing from one that is read is an error.
         unlabelled: sequences whose labels are withheld: their points are all `ignore_index`. Terms
             that need no labels still learn from them.
         label_fraction: share of a scan's points whose labels are kept, 0 to 1; the same points
@@ -206,6 +213,7 @@ class SemanticKITTIDataset(DefaultDataset):
         nonfinite: str = "error",
         sweeps: int = 1,
         sweep_labels: str = "all",
+        scans: str | None = None,
     ) -> None:
         require_choice("nonfinite", nonfinite, NONFINITE)
         if not 0 <= label_fraction <= 1:
@@ -214,6 +222,7 @@ class SemanticKITTIDataset(DefaultDataset):
             raise InputError(f"sweeps={sweeps!r}: expected a whole number of scans, 1 or more")
         require_choice("sweep_labels", sweep_labels, LABELS)
         self.sequences = sequences
+        self.scans = scans
         self.label_fraction = label_fraction
         self.unlabelled = {_sequence(entry, "unlabelled", "a number") for entry in unlabelled}
         self.nonfinite = nonfinite
@@ -262,6 +271,13 @@ class SemanticKITTIDataset(DefaultDataset):
             raise InputError(
                 f"no velodyne/*.bin below {root} for sequences {', '.join(names) or 'none'} "
                 f"(split {self.split!r}); correct the split or {_WHERE_FROM}"
+            )
+        if self.scans is not None:
+            paths, _ = restrict(
+                paths,
+                self.scans,
+                lambda path: _name(Path(path)),
+                lambda name: name.partition("_")[0],
             )
         return paths
 
@@ -335,6 +351,21 @@ class SemanticKITTIDataset(DefaultDataset):
     def images(self, idx: int) -> list[NDArray]:
         """The image (h, w, 3) uint8 of that camera, from the colour images of KITTI odometry."""
         return [read_rgb(self._image(idx))]
+
+    def weak_label_files(self, idx: int) -> list[Path]:
+        """`weak_labels/NNNNNN.png` of the sequence."""
+        path = self._path(idx)
+        return [path.parent.parent / "weak_labels" / f"{path.stem}.png"]
+
+    def superpixel_files(self, idx: int, folder: str | None = None) -> list[Path]:
+        """`superpixels/NNNNNN.png` of the sequence."""
+        path = self._path(idx)
+        return [path.parent.parent / (folder or "superpixels") / f"{path.stem}.png"]
+
+    def weak_class_files(self) -> list[Path]:
+        """`weak_labels/classes.json` of every sequence."""
+        folders = dict.fromkeys(Path(path).parent.parent for path in self.data_list)
+        return [folder / "weak_labels" / CLASSES_FILE for folder in folders]
 
     def write_submission(self, name: str, pred: NDArray, folder: str | os.PathLike[str]) -> None:
         """Write a scan's prediction, one train id per point, as the server takes it; see `submissions`.

@@ -22,6 +22,7 @@ from pointcept_kd.data.pictures import read_image
 from pointcept_kd.host import DATASETS, InputError
 from pointcept_kd.host.config import Config
 
+from ..real_nuscenes import write_real_info
 from .nuscenes_world import CAMERAS, SIZE, inwards, outwards, tables, write
 from .test_camera import NUSCENES_COUNTS
 
@@ -417,38 +418,8 @@ def test_the_config_reads_a_scan(world):
 
 @pytest.fixture
 def real(samples, tmp_path):
-    """The real key frame as an info file: what the samples' own one holds, by this format's names."""
-    source = samples / "nuscenes"
-    content = pickle.loads(next(source.glob("*.pkl")).read_bytes())
-    frame = content["data_list"][0]
-    scan = f"samples/LIDAR_TOP/{frame['lidar_points']['lidar_path']}"
-    cams = {}
-    for name, view in frame["images"].items():
-        back = np.linalg.inv(view["lidar2cam"])
-        cams[name] = {
-            "data_path": f"samples/{name}/{view['img_path']}",
-            "sensor2lidar_rotation": back[:3, :3],
-            "sensor2lidar_translation": back[:3, 3],
-            "camera_intrinsics": np.array(view["cam2img"]),
-        }
-    objects = frame["instances"]
-    names = [*content["metainfo"]["categories"], "ignore"]
-    boxes = np.array([[*o["bbox_3d"], *o["velocity"]] for o in objects])
-    info = {
-        "lidar_path": scan,
-        "lidar_token": frame["token"],
-        "sweeps": [],
-        "cams": cams,
-        "ref_from_car": np.linalg.inv(frame["lidar_points"]["lidar2ego"]),
-        "car_from_global": np.linalg.inv(frame["ego2global"]),
-        "gt_boxes": boxes,
-        "gt_boxes_velocity": np.c_[boxes[:, 7:], np.zeros(len(boxes))],
-        "gt_names": np.array([names[o["bbox_label_3d"]] for o in objects]),
-        "num_lidar_pts": np.array([o["num_lidar_pts"] for o in objects]),
-    }
-    (tmp_path / "info").mkdir()
-    info_of(tmp_path, "val").write_bytes(pickle.dumps([info]))
-    (tmp_path / "raw").symlink_to(source)
+    """The real key frame, read by an info file."""
+    write_real_info(samples, tmp_path, sweeps=5)
     return dataset(tmp_path, split="val")
 
 

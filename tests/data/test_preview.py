@@ -1,5 +1,7 @@
 """Previews: pictures of other people's folders, and what is said about those that cannot be drawn."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -91,11 +93,26 @@ def test_folders_that_cannot_be_drawn(tmp_path):
         write_preview(tmp_path, tmp_path / "p.png", width=10)
 
 
-def test_masks_have_one_channel(tmp_path):
+def test_maps_beside_the_images_are_shown(tmp_path, samples):
     pytest.importorskip("PIL", reason="the extra `images` is not installed")
-    from pointcept_kd.data.preview import _mask
-
-    colors = np.random.default_rng(0).integers(0, 255, (4, 4, 3)).astype(np.uint8)
-    write_png(tmp_path / "m.png", colors)
+    shutil.copytree(samples / "kitti", tmp_path / "kitti")
+    folder = tmp_path / "kitti" / "training"
+    plain = open_shot(tmp_path / "kitti")
+    assert plain.weak == plain.segments == [None]
+    assert plain.weak_names == []
+    for name in ("weak_labels", "superpixels"):
+        (folder / name).mkdir()
+        write_png(folder / name / "002155.png", np.full((375, 1242), 1, np.uint8))
+    # Nobody knows what the values mean: they are not shown.
+    assert open_shot(tmp_path / "kitti").weak == [None]
+    (folder / "weak_labels" / "classes.json").write_text('{"classes": ["a", "b"], "unknown": 255}')
+    full = open_shot(tmp_path / "kitti")
+    assert full.weak_names == ["none", "a", "b"]
+    assert full.unknown == 0
+    assert (full.weak[0] == 2).all()
+    assert (full.segments[0] == 1).all()
+    assert [c.split()[0] for c, _ in panels(full)] == ["camera", "points", "weak", "superpixels"]
+    colors = np.random.default_rng(0).integers(0, 255, (375, 1242, 3)).astype(np.uint8)
+    write_png(folder / "weak_labels" / "002155.png", colors)
     with pytest.raises(InputError, match="a mask has one channel"):
-        _mask(tmp_path / "m.png")
+        open_shot(tmp_path / "kitti")
