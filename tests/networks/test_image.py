@@ -1,31 +1,20 @@
-"""Pixel features of images: sizes, the trunk against plain convolutions, chosen pixels, weight files."""
+"""Pixel features of images: heads, chosen pixels, what learns, weight files."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pointcept_kd.host import MODELS, InputError
-from pointcept_kd.networks.image import (
-    WEIGHTS,
-    Bottleneck,
-    ImageEncoder,
-    ResNet50,
-    enlarge,
-    interpolate_at,
-)
+from pointcept_kd.networks.image import ImageEncoder, enlarge, interpolate_at
+from pointcept_kd.networks.resnet import ResNet
+from pointcept_kd.networks.trunks import WEIGHTS
+
+from .test_resnet import TINY, with_statistics
 
 
 @pytest.fixture(scope="module")
 def trunk():
-    """A trunk with running statistics that differ from channel to channel."""
     torch.manual_seed(0)
-    model = ResNet50()
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(std=0.1)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2)
-    return model.eval()
+    return with_statistics(ResNet())
 
 
 @pytest.fixture(scope="module")
@@ -36,70 +25,62 @@ def encoder(trunk):
     return model
 
 
-def test_sizes_are_the_published_ones(trunk):
-    assert sum(p.numel() for p in trunk.parameters()) == 23_508_032
-    assert len(trunk.state_dict()) == 318
+def test_sizes_are_the_published_ones():
     model = MODELS.build(dict(type="kd.ImageEncoder", allow_random=True))
+    assert sum(p.numel() for p in model.trunk.parameters()) == 23_508_032
     assert [sum(p.numel() for p in head.parameters()) for head in model.heads.values()] == [
         131_136
     ] * 2
     assert not any(key in model.state_dict() for key in ("mean", "std"))
 
 
-def test_strides_become_dilations(trunk):
-    dilations = [
-        [block.conv2.dilation[0] for block in trunk.get_submodule(f"layer{number}")]
-        for number in range(1, 5)
-    ]
-    assert dilations == [[1, 1, 1], [1, 2, 2, 2], [2, 4, 4, 4, 4, 4], [4, 8, 8]]
-    assert {block.conv2.stride for block in trunk.modules() if isinstance(block, Bottleneck)} == {
-        (1, 1)
-    }
+def test_heads_follow_the_trunk():
+    model = ImageEncoder(heads=dict(a=7), allow_random=True, trunk=TINY)
+    assert model.heads["a"].weight.shape == (7, 128, 1, 1)
+    assert model(torch.rand(2, 3, 16, 24))["a"].shape == (2, 7, 16, 24)
+    with torch.device("meta"):
+        assert ImageEncoder(allow_random=True, trunk="resnet34").heads["final"].in_channels == 512
 
 
-@pytest.mark.parametrize("stride", [4, 8, 16, 32])
-def test_stride_of_the_trunk(stride):
-    with torch.no_grad():
-        assert ResNet50(stride).eval()(torch.rand(1, 3, 64, 96)).shape == (
-            1,
-            2048,
-            64 // stride,
-            96 // stride,
-        )
+def test_ordinary_strides_are_enlarged_by_32():
+    """PPKT's trunk."""
+    torch.manual_seed(4)
+    model = ImageEncoder(heads=dict(a=6), stride=32, allow_random=True, trunk=TINY)
+    images = torch.rand(2, 3, 64, 96)
+    maps = model.coarse(images)["a"]
+    assert maps.shape == (2, 6, 2, 3)
+    found = model(images)["a"]
+    assert found.shape == (2, 6, 64, 96)
+    # With aligned corners the corner pixels are the corner cells.
+    corners = torch.nn.functional.normalize(maps[..., :, ::2], dim=1)
+    torch.testing.assert_close(found[..., ::63, ::95], corners)
+    with pytest.raises(InputError, match="must be multiples of 32"):
+        model(images[..., :60, :])
 
 
-def plain(weights, images):
-    """The trunk at stride 4 by its weights alone, written from He et al.'s table."""
-
-    def norm(x, name):
-        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
-        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5) ** 0.5
-        return x * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]
-
-    x = F.conv2d(images, weights["conv1.weight"], stride=2, padding=3)
-    x = F.max_pool2d(norm(x, "bn1").clamp(min=0), 3, 2, 1)
-    rates = {1: [1] * 3, 2: [1] + [2] * 3, 3: [2] + [4] * 5, 4: [4, 8, 8]}
-    for stage, dilations in rates.items():
-        for block, rate in enumerate(dilations):
-            name = f"layer{stage}.{block}"
-            y = norm(F.conv2d(x, weights[f"{name}.conv1.weight"]), f"{name}.bn1").clamp(min=0)
-            y = F.conv2d(y, weights[f"{name}.conv2.weight"], padding=rate, dilation=rate)
-            y = F.conv2d(norm(y, f"{name}.bn2").clamp(min=0), weights[f"{name}.conv3.weight"])
-            y = norm(y, f"{name}.bn3")
-            if block == 0:
-                x = norm(
-                    F.conv2d(x, weights[f"{name}.downsample.0.weight"]), f"{name}.downsample.1"
-                )
-            x = (x + y).clamp(min=0)
-    return x
+def test_the_trunks_own_features():
+    model = ImageEncoder(heads={}, allow_random=True, trunk=TINY).train()
+    assert list(model.parameters())
+    assert not any(p.requires_grad for p in model.parameters())
+    images = torch.rand(2, 3, 16, 24)
+    maps = model.features(images)
+    assert maps.shape == (2, 128, 4, 6)
+    assert not maps.requires_grad
+    torch.testing.assert_close(maps, model.trunk((images - model.mean) / model.std))
+    pixels = torch.tensor([[1, 15, 23], [0, 0, 0], [0, 7, 11], [1, 4, 20]])
+    whole = enlarge(maps, (16, 24))
+    chosen = model.features_at(images, pixels)
+    torch.testing.assert_close(chosen, whole[pixels[:, 0], :, pixels[:, 1], pixels[:, 2]])
+    assert not torch.allclose(chosen.norm(dim=1), torch.ones(4))
+    for use in (model, model.coarse, lambda x: model.at(x, pixels)):
+        with pytest.raises(InputError, match="has no heads"):
+            use(images)
 
 
-def test_trunk_against_plain_convolutions(trunk):
-    images = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        found, wanted = trunk(images), plain(trunk.state_dict(), images)
-    assert found.shape == (1, 2048, 8, 12)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item())
+def test_heads_read_the_trunks_own_features(encoder):
+    images = torch.rand(1, 3, 16, 24)
+    maps = encoder.features(images)
+    torch.testing.assert_close(encoder.coarse(images)["pp"], encoder.heads["pp"](maps))
 
 
 def test_every_pixel_has_a_feature_of_length_one(encoder):
@@ -205,10 +186,10 @@ def test_weight_files_that_do_not_fit(trunk, tmp_path):
 def test_bad_input(encoder):
     with pytest.raises(InputError, match="the image trunk has no weights"):
         ImageEncoder()
-    with pytest.raises(InputError, match="heads={}"):
-        ImageEncoder(heads={}, allow_random=True)
+    with pytest.raises(InputError, match="heads={'a': 0}: expected widths of 1 or more"):
+        ImageEncoder(heads=dict(a=0), allow_random=True)
     with pytest.raises(InputError, match="stride=6 is none of 4, 8, 16, 32"):
-        ResNet50(6)
+        ImageEncoder(allow_random=True, stride=6)
     with pytest.raises(InputError, match="images are 30 x 32; both sides must be multiples of 4"):
         encoder(torch.rand(1, 3, 30, 32))
     for pixel in ([1, 0, 0], [0, 4, 0], [0, 0, -1]):
