@@ -49,6 +49,10 @@ def test_the_model_builds(path):
     cfg = Config.fromfile(path)
     if "teacher" in cfg.model:
         cfg.model.teacher.weight = "random"
+    if "image" in cfg.model:
+        if str(cfg.model.image.get("trunk")).startswith("timm:"):
+            pytest.importorskip("timm")
+        cfg.model.image.update(weight=None, allow_random=True)
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
     assert sum(p.numel() for p in model.parameters()) > 0
@@ -78,6 +82,7 @@ def test_the_teacher_is_the_one_its_config_trains(path):
 def test_validation_scans_are_not_trained_on(path):
     """The published 3D-to-BEV training had sequence 08 in both."""
     train = Config.fromfile(path).data.train
+    train = train.get("source", train)  # of pairs of points and pixels, the reader
     splits = [train.split] if isinstance(train.split, str) else list(train.split)
     if "_trainval" in path.stem:
         assert splits == ["train", "val"]
@@ -276,3 +281,43 @@ def test_the_bottleneck_of_the_published_pair(part, widths):
     assert torch.equal(seen["dec_in"].batch, batch)
     assert torch.equal(seen["dec_in"].cells, cells)
     assert int(cells.max()) == 3  # 60 voxels, halved four times
+
+
+@pytest.mark.parametrize("kind", ["ppkt", "slidr", "olivine", "scalr"])
+def test_tiny_pre_training_has_the_terms_of_the_published_one(kind):
+    def terms(path):
+        found = plain(read(f"pretrain/{path}.py").model.terms)
+        return {name: (term["type"], term.get("weight", 1.0)) for name, term in found.items()}
+
+    assert terms(f"{kind}_tiny") == terms(f"{kind}_sr_unet34")
+    if kind in ("slidr", "olivine"):
+        assert terms(f"{kind}_voxelnet") == terms(f"{kind}_sr_unet34")
+
+
+@pytest.mark.parametrize("tail", ["sr_unet34", "tiny"])
+def test_methods_of_pre_training_differ_by_terms_and_heads_alone(tail):
+    ppkt, olivine = (
+        plain(dict(read(f"pretrain/{kind}_{tail}.py"))) for kind in ("ppkt", "olivine")
+    )
+    for cfg in (ppkt, olivine):
+        assert cfg["model"].pop("terms")
+        cfg["model"]["student"].pop("class_level", None)
+        cfg["model"]["image"].pop("heads")
+        cfg.pop("save_path")
+    assert ppkt == olivine
+
+
+def test_pre_training_at_the_published_size():
+    cfg = read("pretrain/olivine_sr_unet34.py")
+    cfg.model.image.update(weight=None, allow_random=True)
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    assert sum(p.numel() for p in model.student.parameters()) == 37_855_392
+    trained = [p for p in model.image.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 2 * 131_136
+    frozen = [p for p in model.image.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen) == 23_508_032
+    terms = cfg.model.terms
+    assert [terms[name].weight for name in ("pairs", "classes", "distributions")] == [0.5, 0.5, 1.0]
+    assert terms.distributions.warmup_steps == 10_000
+    assert (cfg.optimizer.lr, cfg.optimizer.dampening, cfg.batch_size) == (0.5, 0.1, 16)

@@ -191,6 +191,19 @@ def grids_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
+def voxels_of(cfg: Any) -> dict[str, Any] | None:
+    """Cells into which the training set's transforms sort points: the arguments of `kd.VoxelSample`; None without it.
+
+    Weights fit any cells and are of use on such alone, so files carry them: their `voxels`.
+    """
+    transforms = (cfg["data"].get("train") or {}).get("transform") or ()
+    for entry in transforms:
+        if str(entry.get("type", "")).removeprefix("kd.") == "VoxelSample":
+            defaults = {"voxel_size": 0.1, "degrees": 1.0, "coordinates": "cylindrical"}
+            return {key: entry.get(key, default) for key, default in defaults.items()}
+    return None
+
+
 def check_grids(
     model: nn.Module, checkpoint: Mapping[str, Any], source: str | Path = "the checkpoint"
 ) -> None:

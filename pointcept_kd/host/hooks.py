@@ -29,6 +29,7 @@ from .checkpoint import (
     rename_keys,
     save_atomic,
     unwrap,
+    voxels_of,
 )
 from .errors import InputError
 from .metrics import class_names, confusion, summary
@@ -444,6 +445,9 @@ class CheckpointSaver(HookBase, pointcept_class(HOOKS, "CheckpointSaver")):
         }
         if grids := grids_of(model):
             state["grids"] = grids
+        cells = voxels_of(trainer.cfg)
+        if cells is not None:
+            state["voxels"] = cells
         folder = Path(trainer.cfg["save_path"]) / "model"
         numbered = self.save_freq and epoch % self.save_freq == 0
         if hasattr(model, "export_state_dict"):
@@ -451,6 +455,8 @@ class CheckpointSaver(HookBase, pointcept_class(HOOKS, "CheckpointSaver")):
             if grids := grids_of(model):
                 inside = ((path.partition("student."), grid) for path, grid in grids.items())
                 student["grids"] = {rest: grid for (_, found, rest), grid in inside if found}
+            if cells is not None:
+                student["voxels"] = cells
             self._write(student, folder, ["student_best.pth"] * best + ["student_last.pth"])
         # The last file comes last: it is what a killed run goes on from, and going on writes the others again.
         names = ["model_best.pth"] * best + [f"epoch_{epoch}.pth"] * bool(numbered)
