@@ -25,6 +25,7 @@ from pointcept_kd.host.hooks import HookBase
 
 from .taps import Activation, Taps, full_precision
 from .teacher_cache import TeacherCache, fixed_view, with_point_index
+from .views import in_the_students_order, matched_rows, other_view
 
 RANDOM = "random"  # the `weight` of a teacher that is meant to be untrained
 
@@ -76,6 +77,8 @@ class Teacher:
         model: config of the network.
         weight: checkpoint path; `"random"` for an untrained teacher, as tests use.
         taps: tap name to module path.
+        view: what the keys of the batch begin with that it sees in place of the student's, such as "teacher_"; its rows
+            are then matched point by point, see `views`. None: both see the same.
         config, train_if_missing: read by `tools/train.py`, which trains a missing teacher first.
     """
 
@@ -85,10 +88,11 @@ class Teacher:
         model: Mapping[str, Any],
         weight: str | None = None,
         taps: Mapping[str, str] | None = None,
+        view: str | None = None,
         config: str | None = None,
         train_if_missing: bool = False,
     ) -> None:
-        self.name, self.model = name, model
+        self.name, self.model, self.view = name, model, view
         self.network: nn.Module = MODELS.build(model)
         self.cache: TeacherCache | None = None
         if weight is None:
@@ -136,12 +140,18 @@ class Teacher:
         Returns:
             Its activations in at least float32; with graph only behind leaf taps.
         """
+        shown = batch if self.view is None else other_view(batch, self.view)
         # Labels are passed on only where the teacher's own loss is asked for.
         seen = (
-            dict(batch) if self._wants_grad else {k: v for k, v in batch.items() if k != "segment"}
+            dict(shown) if self._wants_grad else {k: v for k, v in shown.items() if k != "segment"}
         )
         with torch.set_grad_enabled(self._wants_grad), self._taps.record() as activations:
             result = self.network(seen)
+        if self.view is not None:
+            rows, count = matched_rows(batch, self.view), int(shown["offset"][-1])
+            activations = {
+                name: in_the_students_order(name, a, rows, count) for name, a in activations.items()
+            }
         outputs = Outputs({name: full_precision(a) for name, a in activations.items()})
         outputs.loss = result.get("loss")
         return outputs
@@ -219,6 +229,10 @@ class Distiller(nn.Module, HookBase):
                     f"term {name} reads tap {', '.join(sorted(missing))} of the {side}, which has {sorted(known)}; "
                     "name it under `taps`"
                 )
+        if term.needs_teacher_grad and self.teachers[guest].view is not None:
+            raise InputError(
+                f"term {name} differentiates teacher {guest}, which has a view of its own with other rows"
+            )
         if term.needs_teacher_grad:
             self.teachers[guest].differentiate_at(of_teacher)
 
@@ -231,6 +245,12 @@ class Distiller(nn.Module, HookBase):
             raise InputError(
                 f"teacher_cache={entry!r}: expected a folder, or dict(folder=..., transform=[...])"
             )
+        for name in set(self._teacher_of.values()):
+            if self.teachers[name].view is not None:
+                raise InputError(
+                    f"teacher {name} has a view of its own, which a cache of one fixed view cannot answer: drop "
+                    "teacher_cache"
+                )
         for name, term in self.terms.items():
             if term.needs_teacher_grad:
                 raise InputError(
