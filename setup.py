@@ -23,7 +23,9 @@ class BuildWithTools(build_py):
     def _shared(self):
         share = Path(self.build_lib) / "pointcept_kd" / "_share"
         for folder in ("tools", "configs"):
-            for source in sorted((ROOT / folder).rglob("*.py")):
+            for source in sorted(
+                p for end in ("py", "txt") for p in (ROOT / folder).rglob(f"*.{end}")
+            ):
                 if source.name != "bootstrap.py":  # sets up a checkout
                     yield source, share / source.relative_to(ROOT)
 

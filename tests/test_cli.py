@@ -158,7 +158,8 @@ def test_a_wheel_holds_tools_and_configs(wheel):
     share = wheel / "pointcept_kd" / "_share"
     for folder in ("configs", "tools"):
         found = {str(p.relative_to(share)) for p in (share / folder).rglob("*") if p.is_file()}
-        there = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*.py")}
+        files = (p for end in ("py", "txt") for p in (ROOT / folder).rglob(f"*.{end}"))
+        there = {str(p.relative_to(ROOT)) for p in files}
         assert found == there - {"tools/bootstrap.py"}
         assert found
     assert not (wheel / "tests").exists()

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,11 @@ def call(command: Sequence[str]) -> int:
     return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]]).returncode
 
 
-def run_step(step: Step, title: str) -> None:
+def run_step(step: Step, title: str, caller: Callable[[Sequence[str]], int] | None = None) -> None:
     """Train and test a step unless that is done; go on where it stopped.
+
+    Args:
+        caller: what runs the command and gives its exit code, in place of `call`.
 
     Raises:
         InputError: for a folder of something else, or a training that failed.
@@ -241,7 +244,7 @@ def run_step(step: Step, title: str) -> None:
     _write_json(step.folder / STATE, state)
     start = time.perf_counter()
     try:
-        code = call(command)
+        code = (caller or call)(command)
     finally:
         state["seconds"] = spent + time.perf_counter() - start
         _write_json(step.folder / STATE, state)

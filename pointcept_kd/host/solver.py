@@ -286,6 +286,35 @@ class CosineAnnealingLR(lr_scheduler.CosineAnnealingLR):
         super().__init__(optimizer, total_steps, eta_min, last_epoch)
 
 
+@kd.SCHEDULERS.register_module()
+class EpochCosineLR(_FactorLR):
+    """Half a cosine to 0 over the run in equal steps: the rate holds still for an epoch, then falls.
+
+    Factor in the e-th of `epochs` epochs, from 0 on: (1 + cos(pi e / epochs)) / 2, as of torch's `CosineAnnealingLR`
+    where that is stepped once an epoch.
+
+    Args:
+        optimizer: whose learning rates to set.
+        epochs: passes over the data in the whole run: the config's `epoch`.
+        total_steps: updates in the run.
+        last_epoch: step to go on from.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, epochs: int, total_steps: int, last_epoch: int = -1
+    ) -> None:
+        if epochs < 1:
+            raise InputError(
+                f"EpochCosineLR: epochs={epochs}: expected the epochs of the run, 1 or more"
+            )
+
+        def factor(step: int) -> float:
+            epoch = min(step * epochs // total_steps, epochs)
+            return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+        super().__init__(optimizer, factor, total_steps, last_epoch)
+
+
 @stand_in(SCHEDULERS, kd.SCHEDULERS, "OneCycleLR")
 class OneCycleLR(lr_scheduler.OneCycleLR):
     """Rise from `max_lr / div_factor` to `max_lr`, then fall to the start divided by `final_div_factor`.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Registered by being imported: the tester that PreciseEvaluator builds.
+# Registered by being imported: the tester that PreciseEvaluator builds, and a hook.
 from . import (  # noqa: F401
     DATASETS,
     HOOKS,
@@ -30,6 +30,7 @@ from . import (  # noqa: F401
     comm,
     kd,
     pointcept_class,
+    pretrained,
     stand_in,
     tester,
 )

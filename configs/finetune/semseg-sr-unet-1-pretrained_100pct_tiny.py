@@ -1,0 +1,13 @@
+"""The tiny SR-UNet from a pre-trained backbone, `weight`, on the 120 simulated training scans."""
+
+_base_ = [
+    "../_base_/sim_voxels_tiny.py",
+    "../_base_/residual_unet_tiny.py",
+    "../_base_/finetune_tiny.py",
+]
+
+save_path = "exp/sim_tiny/semseg-sr-unet-1-pretrained_100pct"
+epoch = 5
+optimizer = dict(lr=0.0004)
+param_dicts = [dict(keyword="final", lr=0.02)]
+scheduler = dict(max_lr=[0.0004, 0.02])

@@ -1,0 +1,8 @@
+"""SR-UNet34 from a pre-trained backbone, `weight`, on 1 % of nuScenes' training scenes."""
+
+_base_ = ["semseg-sr-unet34-1-pretrained_nuscenes_100pct.py"]
+
+save_path = "exp/nuscenes/semseg-sr-unet34-1-pretrained_1pct"
+epoch = 100
+scheduler = dict(epochs=100)
+data = dict(train=dict(scenes="configs/finetune/lists/nuscenes_1pct.txt"))

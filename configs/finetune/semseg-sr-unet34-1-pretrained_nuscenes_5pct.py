@@ -1,0 +1,6 @@
+"""SR-UNet34 from a pre-trained backbone, `weight`, on 5 % of nuScenes' training scenes."""
+
+_base_ = ["semseg-sr-unet34-1-pretrained_nuscenes_100pct.py"]
+
+save_path = "exp/nuscenes/semseg-sr-unet34-1-pretrained_5pct"
+data = dict(train=dict(scenes="configs/finetune/lists/nuscenes_5pct.txt"))
