@@ -23,9 +23,11 @@ COMMANDS = {
     "prepare-data": "simulate streets, prepare data sets, check data",
     "benchmark": "compare networks: parameters, latency, memory, mIoU",
     "ablate": "train rows of configs by several seeds, and write their table",
+    "label-fractions": "probe and fine-tune pre-trained backbones on fractions of the labels",
     "convert": "released weights to checkpoints of this package",
     "export-onnx": "a bird's-eye-view student as ONNX",
     "export-openpcdet": "a VoxelNet encoder for OpenPCDet's detectors, or one of theirs",
+    "finetune-openpcdet": "train OpenPCDet's detectors from an export, and their KITTI table",
     "demo": "from nothing to a distilled student and its report",
     "doctor": "what is installed, what is missing, what that costs",
 }

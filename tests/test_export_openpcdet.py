@@ -3,16 +3,24 @@
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pointcept_kd.host import InputError
+from pointcept_kd.distillers.base import Teacher
+from pointcept_kd.handoff import detectors, kitti, yaml_text
+from pointcept_kd.host import MODELS, InputError
 from pointcept_kd.host.checkpoint import grids_of, load_into
+from pointcept_kd.host.hooks import CheckpointLoader
+from pointcept_kd.host.pretrained import PretrainedBackbone
 from pointcept_kd.networks import UNetV2, VoxelBackBone8x, VoxelEmbedding, VoxelResBackBone8x
 from tools import export_openpcdet as tool
 
@@ -28,7 +36,7 @@ from .networks.test_voxelnet import (
 )
 
 # Entries of a detector beside its encoder.
-OTHERS = {"second": 91, "pv_rcnn": 295, "parta2": 165}
+OTHERS = {"second": 91, "pv_rcnn": 295, "parta2": 165, "centerpoint": 137}
 AXES = {"krsc": "oabci", "rsck": "abcio", "rskc": "abcoi"}
 
 
@@ -137,12 +145,51 @@ def test_the_file(run):
 
 
 def test_command_lines(run, capsys):
-    target, _ = export(run[1], detector="pv_rcnn")
+    target, report = export(run[1], detector="pv_rcnn")
     text = target.with_suffix(".txt").read_text()
-    assert f"--pretrained_model {target.resolve()} --extra_tag t_0" in text
-    assert "cfgs/kitti_models/pv_rcnn.yaml" in text
+    tag = report["extra_tag"]
+    assert re.fullmatch(r"t_[0-9a-f]{8}", tag)
+    assert f"--pretrained_model {target.resolve()} --extra_tag {tag}\n" in text
+    assert f"cp {target.parent.resolve() / 't_pv_rcnn.yaml'} cfgs/kitti_models/\n" in text
+    assert "python train.py --cfg_file cfgs/kitti_models/t_pv_rcnn.yaml " in text
+    assert f"../output/kitti_models/t_pv_rcnn/{tag}/ckpt/" in text
     assert "loaded 72/367" in text
     assert text in capsys.readouterr().out
+    # For a shell, every line is a comment or a command.
+    for line in text.splitlines():
+        assert line.startswith("#") or shlex.split(line)[0] in ("cp", "unset", "python")
+
+
+def test_a_tag_for_every_export(run):
+    """Another encoder never gets the folder of an earlier one's runs."""
+    path = run[1]
+    first = export(path)[1]["extra_tag"]
+    assert export(path)[1]["extra_tag"] == first
+    assert export(path, detector="pv_rcnn")[1]["extra_tag"] != first
+    damaged(path, lambda s: s["module.backbone.conv4.2.1.running_mean"].add_(1e-3))
+    assert export(path)[1]["extra_tag"] != first
+
+
+@pytest.mark.parametrize("name", list(detectors.DETECTORS))
+def test_the_config(tmp_path, name):
+    kind = {"centerpoint": VoxelResBackBone8x, "parta2": UNetV2}.get(name, VoxelBackBone8x)
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": kind().state_dict(), "grids": {}}, path)
+    target, report = export(path, detector=name)
+    short = target.with_name(f"t_{name}.yaml")
+    assert report["config"] == short.name
+    base = "once" if name == "centerpoint" else "kitti"
+    assert f"  _BASE_CONFIG_: cfgs/dataset_configs/{base}_dataset.yaml\n" in short.read_text()
+    assert short.read_text().startswith(f"# {detectors.DETECTORS[name].model} of OpenPCDet, ")
+    lines = short.read_text().splitlines()
+    text = yaml_text.dump(detectors.config(name)).splitlines()
+    assert lines[2:] == text
+    export(path, "--inline", detector=name)
+    assert "_BASE_CONFIG_" not in short.read_text()
+    assert "POINT_CLOUD_RANGE" in short.read_text()
+    out = ["--out", str(tmp_path / "other")]
+    tool.main([str(path), "--detector", name, *out])
+    assert (tmp_path / "other" / f"a_{name}.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +246,8 @@ def test_every_entry_shows_in_the_comparison():
         ("second", UNetV2, VoxelBackBone8x, 72, 163),
         ("parta2", UNetV2, UNetV2, 168, 333),
         ("parta2", VoxelBackBone8x, UNetV2, 72, 333),
-        ("centerpoint", VoxelResBackBone8x, VoxelResBackBone8x, 142, None),
+        ("centerpoint", VoxelResBackBone8x, VoxelResBackBone8x, 142, 279),
+        ("centerpoint", VoxelBackBone8x, VoxelBackBone8x, 72, 209),
     ],
 )
 def test_detectors(tmp_path, name, kind, backbone, count, total):
@@ -209,10 +257,11 @@ def test_detectors(tmp_path, name, kind, backbone, count, total):
     state["teacher.conv1.weight"] = torch.zeros(1)
     torch.save({"state_dict": state, "grids": {}}, path)
     target, report = export(path, detector=name)
-    model = detector(backbone, OTHERS.get(name, 0))
+    model = detector(backbone, OTHERS[name])
     state = torch.load(target, weights_only=True)["model_state"]
-    assert loads(state, model) == (count, total or 142)
-    assert report["expected_log_line"] == f"loaded {count}/{total or 'N'}"
+    assert loads(state, model) == (count, total)
+    assert report["expected_log_line"] == f"loaded {count}/{total}"
+    assert report["backbone_complete"] == (backbone is not UNetV2 or kind is UNetV2)
     source = kind(**KITTI).eval()
     source.load_state_dict(network.state_dict())
     assert torch.equal(encoded(model.backbone_3d), encoded(source))
@@ -266,13 +315,48 @@ def test_the_way_back(tmp_path, kind, layout):
         assert torch.allclose(out.features[:, [0, 1, 2, 127]], expected, rtol=1e-5)
 
 
+def test_a_detector_teaches_and_starts_networks(tmp_path):
+    """Weights of a detector as those of a teacher, and as the start of a segmentor, by `weight`."""
+    network = lively(VoxelBackBone8x(partition=SMALL)).eval()
+    state = {f"backbone_3d.{k}": v for k, v in network.state_dict().items()}
+    state["dense_head.conv_cls.weight"] = torch.zeros(18, 512, 1, 1)
+    path = tmp_path / "checkpoint_epoch_80.pth"
+    torch.save({"model_state": state, "epoch": 80, "it": 9, "optimizer_state": None}, path)
+    out = ["--out", str(tmp_path / "weights"), "--tag", "second"]
+    tool.main([str(path), "--reverse", "--source-layout", "krsc", *out])
+    weight = str(tmp_path / "weights" / "second.pth")
+    backbone = {"type": "kd.VoxelBackBone8x", "in_channels": 4, "partition": SMALL}
+    batch = points([200, 100])
+    with torch.no_grad():
+        expected = network(batch)
+    teacher = Teacher("detector", {"type": "DefaultSegmentor", "backbone": backbone}, weight)
+    assert torch.equal(teacher.run(batch)["logits"].feat, expected)
+    config = {"type": "DefaultSegmentorV2", "num_classes": 3, "backbone": backbone}
+    model = MODELS.build({**config, "backbone_out_channels": network.out_channels})
+    hook = PretrainedBackbone(prefix="backbone.")
+    hook.trainer = SimpleNamespace(cfg={"weight": weight, "data": {}}, model=model)
+    hook.check()
+    assert "72 of 72 weights of backbone loaded" in hook.lines[0]
+    with torch.no_grad():
+        assert torch.equal(model.eval().backbone(batch), expected)
+    embedding = VoxelEmbedding(VoxelBackBone8x())
+    start = CheckpointLoader()
+    start.trainer = SimpleNamespace(cfg={"weight": weight}, model=embedding)
+    start.check()
+    assert "72 of 74 weights loaded" in start.lines[0]
+    for key, value in network.state_dict().items():
+        assert torch.equal(embedding.backbone.state_dict()[key], value)
+
+
 def test_residual_blocks_without_bias(tmp_path):
     network = lively(VoxelResBackBone8x(use_bias=False))
     path = tmp_path / "a.pth"
     torch.save({"state_dict": network.state_dict(), "grids": {}}, path)
     _, report = export(path, detector="centerpoint")
     assert report["n_matched"] == 126
+    assert report["expected_log_line"] == "loaded 126/263"
     assert any("USE_BIAS: False" in w for w in report["warnings"])
+    assert "USE_BIAS: False\n" in (path.parent / "out" / "t_centerpoint.yaml").read_text()
 
 
 def damaged(path, change):
@@ -343,18 +427,28 @@ def test_five_channels_when_asked_for(tmp_path):
     torch.save({"state_dict": network.state_dict(), "grids": {}}, path)
     _, report = export(path, "--input-channels", "5")
     assert report["input_channels"] == 5
-    assert any("5 input channels" in w for w in report["warnings"])
+    assert report["config"] is None
+    assert any("no config is written" in w and "5 input" in w for w in report["warnings"])
+    assert not list((path.parent / "out").glob("*.yaml"))
 
 
-def test_refused_options(run):
+def test_refused_options(run, monkeypatch):
     path = run[1]
     out = ["--out", str(path.parent / "out")]
     with pytest.raises(InputError, match="either --detector, or --reverse"):
         tool.main([str(path), *out])
     with pytest.raises(InputError, match="either --detector, or --reverse"):
         tool.main([str(path), *out, "--reverse", "--detector", "second"])
-    with pytest.raises(InputError, match="without folders"):
-        tool.main([str(path), *out, "--reverse", "--tag", "a/b"])
+    for tag in ("a/b", "a b"):
+        with pytest.raises(InputError, match="without folders and blanks"):
+            tool.main([str(path), *out, "--reverse", "--tag", tag])
+    with pytest.raises(InputError, match="not for --reverse"):
+        tool.main([str(path), *out, "--reverse", "--inline"])
+    monkeypatch.delenv("OPENPCDET_ROOT", raising=False)
+    with pytest.raises(InputError, match="needs a checkout of OpenPCDet"):
+        export(path, "--verify")
+    with pytest.raises(InputError, match="no checkout of OpenPCDet is there"):
+        export(path, "--verify", "--openpcdet-root", str(path.parent))
     with pytest.raises(InputError, match="is the file to read"):
         tool.main([str(path), "--out", str(path.parent), "--reverse", "--tag", "model_last"])
     with pytest.raises(InputError, match="--source-layout rsck, but the file says krsc"):
@@ -453,3 +547,125 @@ def test_openpcdet_loads_it(run, openpcdet, layout):  # noqa: F811
     assert torch.equal(result.indices[order].long(), ours.indices.long())
     difference = (result.features[order] - ours.features).abs().max()
     assert difference <= 1e-5 * ours.features.abs().max()
+
+
+# ------------------------------------------------------------------------------------------ whole detectors
+
+
+@pytest.fixture(scope="module")
+def root():
+    """A checkout whose detectors can be built here."""
+    root = Path(os.environ.get("OPENPCDET_ROOT", ""))
+    if not (root / "pcdet" / "models" / "detectors").is_dir():
+        pytest.skip("OPENPCDET_ROOT does not name a checkout of OpenPCDet")
+    for name in ("spconv.pytorch", "easydict", "yaml"):
+        pytest.importorskip(name, reason=f"OpenPCDet's detectors need {name}")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "line"),
+    [
+        ("second", VoxelBackBone8x, (72, 163)),
+        ("pv_rcnn", VoxelBackBone8x, (72, 367)),
+        ("parta2", UNetV2, (168, 333)),
+        ("parta2", VoxelBackBone8x, (72, 333)),
+        ("voxel_rcnn", VoxelBackBone8x, (72, 257)),
+        ("second_iou", VoxelBackBone8x, (72, 189)),
+        ("centerpoint", VoxelResBackBone8x, (142, 279)),
+    ],
+)
+def test_verified(root, tmp_path, name, kind, line, capsys):
+    """The written config builds OpenPCDet's detector, which takes every entry and gives our features."""
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": lively(kind()).state_dict(), "grids": {}}, path)
+    report = export(path, "--verify", "--inline", detector=name)[1]
+    found = report["verify"]
+    assert (found["loaded"], found["total"]) == line
+    assert found["parts"]["backbone_3d"] == line[0] + found["not_updated_backbone"]
+    assert found["not_updated_backbone"] == (
+        96 if (name, kind) == ("parta2", VoxelBackBone8x) else 0
+    )
+    assert found["entries_equal"] == report["n_matched"]
+    assert found["same_cells"]
+    assert found["max_rel_diff"] <= 1e-5
+    assert f"verified with {root}: loaded {line[0]}/{line[1]}, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stored", "count", "equal"),
+    [
+        ("rsck", 72, True),
+        ("rskc", 68, False),
+        ("no prefix", 0, False),
+        ("module", 0, False),
+        ("five channels", 71, False),
+    ],
+)
+def test_the_real_loader_and_layouts(root, run, stored, count, equal):
+    """What `loads` says of a layout is what OpenPCDet does."""
+    path = run[1]
+    target, _ = export(path)
+    voxels = tool.sample_voxels(4)
+    given = (root, sys.executable, target.with_name("t_second.yaml"))
+    _, reference = tool.openpcdet_loads(*given, target, "kitti", voxels)
+    file = torch.load(target, weights_only=True)
+    state = file["model_state"]
+    if stored in AXES:
+        state = other_layout(state, stored)
+    elif stored == "no prefix":
+        state = {k.removeprefix("backbone_3d."): v for k, v in state.items()}
+    elif stored == "module":
+        state = {f"module.{k}": v for k, v in state.items()}
+    else:
+        state["backbone_3d.conv_input.0.weight"] = torch.zeros(16, 3, 3, 3, 5)
+    torch.save({**file, "model_state": state}, target)
+    found, kept = tool.openpcdet_loads(*given, target, "kitti", voxels)
+    assert (found["loaded"], found["total"]) == (count, 163)
+    assert found["not_updated_backbone"] == 72 - count
+    assert torch.equal(kept["features"], reference["features"]) == equal
+    # What stops a training that has logged this.
+    watch = kitti.LoadWatch(str(target.resolve()), (72, 163))
+    problems = [problem for line in found["lines"] if (problem := watch.feed(line))]
+    assert watch.loaded == (count == 72)
+    assert len(problems) == (count != 72)
+    if problems:
+        assert (
+            f"loaded {count}/163 entries and not 72/163; not updated: backbone_3d." in problems[0]
+        )
+
+
+def test_verify_says_what_is_off(root, run, monkeypatch):
+    """A file that OpenPCDet makes something else of ends in an error, with the figures in the report."""
+    write = tool.save_atomic
+
+    def turned(file, target):
+        write({**file, "model_state": other_layout(file["model_state"], "rskc")}, target)
+
+    monkeypatch.setattr(tool, "save_atomic", turned)
+    with pytest.raises(
+        InputError, match=r"loaded 68/163, expected loaded 72/163; 4 entries .*differ by"
+    ):
+        export(run[1], "--verify")
+    found = json.loads((run[1].parent / "out" / "t.json").read_text())["verify"]
+    assert (found["loaded"], found["entries_equal"]) == (68, 60)
+    assert found["max_rel_diff"] > 0.01
+
+
+def test_an_interpreter_that_does_not_fit(run, tmp_path):
+    fake = tmp_path / "checkout"
+    template = fake / "pcdet" / "models" / "detectors" / "detector3d_template.py"
+    template.parent.mkdir(parents=True)
+    template.write_text("")
+    (fake / "tools").mkdir()
+    given = ("--verify", "--openpcdet-root", str(fake))
+    with pytest.raises(InputError, match="cannot be run: No such file"):
+        export(run[1], *given, "--python", str(tmp_path / "nothing"))
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no luck >&2\nexit 3\n")
+    broken.chmod(0o755)
+    with pytest.raises(InputError, match="did not run to its end: no luck"):
+        export(run[1], *given, "--python", str(broken))
+    # Without packages, or without the checkout's modules.
+    with pytest.raises(InputError, match=r"does not run: (OpenPCDet needs|ModuleNotFoundError)"):
+        export(run[1], *given)

@@ -2,12 +2,18 @@
 
     python tools/export_openpcdet.py exp/pretrain/model/model_last.pth --detector second --out handoff
     python tools/export_openpcdet.py model_last.pth --detector pv_rcnn --out handoff --tag mine --intensity-scale 255
+    python tools/export_openpcdet.py model_last.pth --detector second --out handoff --openpcdet-root OpenPCDet --verify
     python tools/export_openpcdet.py foreign.pt --detector second --out handoff --source-layout rsck
     python tools/export_openpcdet.py second_7862.pth --reverse --source-layout krsc --out weights --tag second
 
-Writes OUT/TAG.pth, which OpenPCDet's tools/train.py takes as --pretrained_model, OUT/TAG.json with what became of
-every entry, and OUT/TAG.txt with the command lines. Entries get the prefix `backbone_3d.` and kernels (out, z, y, x,
-in), float32, on the CPU, running statistics included. The file can be read with weights_only=True.
+Writes OUT/TAG.pth, which OpenPCDet's tools/train.py takes as --pretrained_model, OUT/TAG_DETECTOR.yaml, its config,
+OUT/TAG.json with what became of every entry, and OUT/TAG.txt with the command lines. Entries get the prefix
+`backbone_3d.` and kernels (out, z, y, x, in), float32, on the CPU, running statistics included. The file can be read
+with weights_only=True. The config names OpenPCDet's config of the data set; with --inline it holds all of it.
+
+--verify builds the detector from that config and loads the file, both with the code of the checkout at --openpcdet-root
+(or OPENPCDET_ROOT), in a process of its own and without a GPU; it compares every entry, and the features of 4000 voxels
+with those of this package's encoder. --python names the interpreter for it, which needs spconv, easydict, pyyaml.
 
 OpenPCDet skips what does not fit without an error, and takes kernels of another order of axes as they are where the
 shapes happen to agree. So everything is checked here: each entry of the encoder has to be there once, in its shape and
@@ -24,10 +30,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import shlex
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,41 +47,20 @@ import torch
 from torch import Tensor, nn
 
 import pointcept_kd
+from pointcept_kd.handoff import detectors, yaml_text
+from pointcept_kd.handoff import verify as verifier
 from pointcept_kd.host import InputError
 from pointcept_kd.host.checkpoint import load_checkpoint, save_atomic, write_atomic
 from pointcept_kd.host.runtime import run_tool
 from pointcept_kd.networks import UNetV2, VoxelBackBone8x, VoxelResBackBone8x
+from pointcept_kd.ops.sparse import SparseConvTensor
 
 PREFIX = "backbone_3d."
 ENCODERS = {kind.__name__: kind for kind in (VoxelBackBone8x, VoxelResBackBone8x, UNetV2)}
 # Axes of a kernel as they lie in a file, in the order (out, z, y, x, in) and back.
 LAYOUTS = {"krsc": (0, 1, 2, 3, 4), "rsck": (4, 0, 1, 2, 3), "rskc": (3, 0, 1, 2, 4)}
 WRITTEN = ("krsc", "rsck")
-
-
-@dataclass(frozen=True)
-class Detector:
-    """A model of OpenPCDet.
-
-    config: below its tools/cfgs; backbones: that its config can have, the usual one first; entries: of its state with
-    the first one, None where that hangs on the data set.
-    """
-
-    config: str
-    backbones: tuple[str, ...]
-    entries: int | None
-
-
-DETECTORS = {
-    "second": Detector("kitti_models/second.yaml", ("VoxelBackBone8x",), 163),
-    "pv_rcnn": Detector("kitti_models/pv_rcnn.yaml", ("VoxelBackBone8x",), 367),
-    "parta2": Detector("kitti_models/PartA2.yaml", ("UNetV2", "VoxelBackBone8x"), 333),
-    "voxel_rcnn": Detector("kitti_models/voxel_rcnn_car.yaml", ("VoxelBackBone8x",), 257),
-    "second_iou": Detector("kitti_models/second_iou.yaml", ("VoxelBackBone8x",), 189),
-    "centerpoint": Detector(
-        "once_models/centerpoint.yaml", ("VoxelResBackBone8x", "VoxelBackBone8x"), None
-    ),
-}
+CLOSE = 1e-4  # of the largest feature: what float32 leaves between two orders of summation
 
 
 @dataclass
@@ -271,10 +260,35 @@ def grid_of(content: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
     return dict(grid) if isinstance(grid, Mapping) else None
 
 
-def export(content: Mapping[str, Any], args: argparse.Namespace) -> tuple[dict, dict, str]:
-    """The file for OpenPCDet, its report and its command lines."""
+def short_hash(state: Mapping[str, Tensor], *more: str) -> str:
+    """Eight hexadecimal digits that change with any entry."""
+    digest = hashlib.sha256("\n".join(more).encode())
+    for key in sorted(state):
+        digest.update(f"{key} {tuple(state[key].shape)}".encode())
+        digest.update(state[key].numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+@dataclass
+class Export:
+    """What is written: the file for OpenPCDet, its report, its command lines, its config, and what it was made of."""
+
+    file: dict[str, Any]
+    report: dict[str, Any]
+    commands: str
+    config: str | None
+    encoder: Encoder
+
+
+def config_name(tag: str, detector: str) -> str:
+    """Name of the config's file."""
+    return f"{tag}.yaml" if tag.endswith(f"_{detector}") else f"{tag}_{detector}.yaml"
+
+
+def export(content: Mapping[str, Any], args: argparse.Namespace) -> Export:
+    """Everything that is written for OpenPCDet."""
     layout = source_layout(content, args.source_layout)
-    detector = DETECTORS[args.detector]
+    detector = detectors.DETECTORS[args.detector]
     kind = args.backbone
     found = read_encoder(content["state_dict"], layout, args.input_channels, kind, args.prefix)
     if kind is None and found.kind == "UNetV2" and "UNetV2" not in detector.backbones:
@@ -287,8 +301,9 @@ def export(content: Mapping[str, Any], args: argparse.Namespace) -> tuple[dict, 
             f"the encoder is a {found.kind}, and {args.detector} takes {' or '.join(detector.backbones)}"
         )
     state = detector_state(found, args.layout)
-    total = "N" if detector.entries is None else detector.entries
+    total = detectors.entries(args.detector, found.kind, found.use_bias)
     line = f"loaded {len(state)}/{total}"
+    extra_tag = f"{args.tag}_{short_hash(state, args.detector, args.layout)}"
     grid = grid_of(content, found.prefix)
     size = None
     if grid is not None:
@@ -303,10 +318,21 @@ def export(content: Mapping[str, Any], args: argparse.Namespace) -> tuple[dict, 
         warnings.append(
             f"intensities were 0 to {args.intensity_scale:g} in pre-training and are 0 to 1 in KITTI"
         )
-    if found.channels != 4:
-        warnings.append(f"the detector's config must have {found.channels} input channels, not 4")
+    config = None
+    if found.channels == 4:
+        settings = detectors.config(args.detector, found.kind, found.use_bias, args.inline)
+        config = yaml_text.dump(
+            settings,
+            f"{detector.model} of OpenPCDet, started from {args.tag}.pth; written by pointcept_kd.\n"
+            "Commands with it run in OpenPCDet's folder tools/.",
+        )
+    else:
+        warnings.append(
+            f"no config is written: the detector's data must have {found.channels} input channels, and those of "
+            f"{detector.data.upper()} have 4"
+        )
     if not found.use_bias:
-        warnings.append("set USE_BIAS: False under MODEL.BACKBONE_3D of the detector's config")
+        warnings.append("the config must have USE_BIAS: False under MODEL.BACKBONE_3D")
     if args.layout != "krsc":
         warnings.append("kernels are in spconv 1's order, which OpenPCDet puts right as it loads")
     info = {
@@ -324,9 +350,14 @@ def export(content: Mapping[str, Any], args: argparse.Namespace) -> tuple[dict, 
         "version": f"pointcept_kd+{pointcept_kd.__version__}",
         "export_info": info,
     }
+    whole = detectors.config_backbone(args.detector, found.kind) == found.kind
     report = {
         "detector": args.detector,
+        "data": detector.data,
+        "config": None if config is None else config_name(args.tag, args.detector),
+        "extra_tag": extra_tag,
         "backbone": found.kind,
+        "backbone_complete": whole,
         "layout_source": layout,
         "layout_written": args.layout,
         "input_channels": found.channels,
@@ -336,23 +367,193 @@ def export(content: Mapping[str, Any], args: argparse.Namespace) -> tuple[dict, 
         "matched": sorted(found.weights),
         "unused_in_source": found.unused,
         "n_matched": len(state),
+        "n_expected": len(state),
+        "n_detector": total,
         "expected_log_line": line,
         "checksums": found.checksums,
         "warnings": warnings,
     }
-    config = f"cfgs/{detector.config}"
-    whole = found.kind == detector.backbones[0]
-    quiet = f" and must not say `Not updated weight {PREFIX}`" if whole else ""
-    commands = (
+    return Export(file, report, command_lines(report, args.out.resolve(), args.tag), config, found)
+
+
+def command_lines(report: Mapping[str, Any], out: Path, tag: str) -> str:
+    """How the detector is trained and tested, as a text for a shell."""
+    folder, name = f"{report['data']}_models", report["config"]
+    quiet = (
+        f" and must not say `Not updated weight {PREFIX}`" if report["backbone_complete"] else ""
+    )
+    if name is None:
+        copy, config, runs = "", "CONFIG", f"../output/{folder}/CONFIG"
+    else:
+        copy = f"cp {shlex.quote(str(out / name))} cfgs/{folder}/\n"
+        config, runs = f"cfgs/{folder}/{name}", f"../output/{folder}/{Path(name).stem}"
+    given = (
+        f"--cfg_file {shlex.quote(config)} --pretrained_model {shlex.quote(str(out / f'{tag}.pth'))} "
+        f"--extra_tag {report['extra_tag']}"
+    )
+    planes = ""
+    if report["data"] == "kitti" and name is not None:
+        planes = "# Where the data have no road planes, set USE_ROAD_PLANE: False in the config.\n"
+    last = shlex.quote(f"{runs}/{report['extra_tag']}/ckpt/checkpoint_epoch_80.pth")
+    return (
         "# In OpenPCDet's folder tools/. A fresh --extra_tag: a checkpoint that lies in the run's folder would be\n"
         "# loaded over this one. Not --ckpt: that resumes a whole detector.\n"
-        "unset SPCONV_SAVED_WEIGHT_LAYOUT\n"
-        f"python train.py --cfg_file {config} --pretrained_model {args.out.resolve() / args.tag}.pth "
-        f"--extra_tag {args.tag}_0\n"
-        f"# Its log must say `{line}`{quiet}.\n"
-        f"python test.py --cfg_file {config} --extra_tag {args.tag}_0 --ckpt CHECKPOINT\n"
+        f"{copy}{planes}unset SPCONV_SAVED_WEIGHT_LAYOUT\n"
+        f"python train.py {given}\n"
+        f"# On several GPUs: bash scripts/dist_train.sh NUMBER {given}\n"
+        f"# Its log must say `{report['expected_log_line']}`{quiet}.\n"
+        f"python test.py --cfg_file {shlex.quote(config)} --extra_tag {report['extra_tag']} --ckpt {last}\n"
     )
-    return file, report, commands
+
+
+# ------------------------------------------------------------------------------------------ check
+
+
+def sample_voxels(channels: int) -> dict[str, Tensor]:
+    """Half of the cells of a block of 20, dense enough for every layer to show in the result.
+
+    Returns:
+        `indices` (4000, 4) int64 as (scan, z, y, x), within the grid of every data set; `features` (4000, channels).
+    """
+    generator = torch.Generator().manual_seed(1)
+    picked = torch.randperm(20**3, generator=generator)[: 20**3 // 2]
+    cells = torch.stack(torch.unravel_index(picked, (20, 20, 20)), 1)
+    cells = cells + torch.tensor([8, 800, 704])
+    indices = torch.cat([torch.zeros(len(cells), 1, dtype=torch.int64), cells], 1)
+    return {"indices": indices, "features": torch.randn(len(cells), channels, generator=generator)}
+
+
+def our_features(encoder: Encoder, data: str, voxels: Mapping[str, Tensor]) -> SparseConvTensor:
+    """What this package's encoder makes of voxels on the detector's grid."""
+    space = detectors.SPACES[data]
+    partition = {
+        "low": space.range[:3],
+        "high": space.range[3:],
+        "shape": space.shape,
+        "frame": "cartesian",
+        "spacing": "n",
+    }
+    more = {} if encoder.kind != "VoxelResBackBone8x" else {"use_bias": encoder.use_bias}
+    network = ENCODERS[encoder.kind](encoder.channels, partition=partition, extra_z=1, **more)
+    network.load_state_dict(encoder.weights)
+    x = SparseConvTensor(voxels["features"], voxels["indices"], network.sparse_shape, 1)
+    with torch.no_grad():
+        return network.eval().encode(x).out
+
+
+def in_order(indices: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted by their cells (scan, z, y, x)."""
+    key = indices[:, 0]
+    for axis in indices.unbind(1)[1:]:
+        key = key * 4096 + axis
+    order = key.argsort()
+    return indices[order], features[order]
+
+
+def openpcdet_loads(
+    root: Path, python: str, config: Path, weights: Path, data: str, voxels: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Build a detector and load a file with the code of a checkout, in a process of its own.
+
+    Args:
+        data: one of `detectors.SPACES`.
+        voxels: as of `sample_voxels`.
+
+    Returns:
+        what `verifier` reports, and `state`, `indices`, `features` of the encoder.
+
+    Raises:
+        InputError: where that code does not run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job, result, given = (Path(folder, name) for name in ("job.json", "result.json", "in.pt"))
+        torch.save(dict(voxels), given)
+        content = {
+            "root": str(root.resolve()),
+            "config": str(config.resolve()),
+            "weights": str(weights.resolve()),
+            "space": asdict(detectors.SPACES[data]),
+            "channels": voxels["features"].shape[1],
+            "voxels": str(given),
+            "result": str(result),
+        }
+        job.write_text(json.dumps(content))
+        environment = {k: v for k, v in os.environ.items() if k != "SPCONV_SAVED_WEIGHT_LAYOUT"}
+        try:
+            ended = subprocess.run(
+                [python, verifier.__file__, str(job)],
+                env={**environment, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
+        except OSError as error:
+            raise InputError(f"--python {python} cannot be run: {error.strerror}") from error
+        if not result.is_file():
+            last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+            raise InputError(f"OpenPCDet's code at {root} did not run to its end: {last[:300]}")
+        theirs = json.loads(result.read_text())
+        if "error" in theirs:
+            raise InputError(f"OpenPCDet's code at {root} does not run: {theirs['error']}")
+        return theirs, torch.load(result.with_suffix(".pt"), weights_only=True)
+
+
+def verify(
+    done: Export, weights: Path, root: Path, python: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Load the written files with OpenPCDet's code and compare.
+
+    Returns:
+        the report's `verify`, and what is wrong.
+
+    Raises:
+        InputError: where OpenPCDet's code does not run.
+    """
+    report, found = done.report, done.encoder
+    voxels = sample_voxels(found.channels)
+    config = weights.with_name(report["config"])
+    theirs, kept = openpcdet_loads(root, python, config, weights, report["data"], voxels)
+    equal = sum(
+        torch.equal(kept["state"].get(PREFIX + key, torch.empty(0)).cpu(), value)
+        for key, value in found.weights.items()
+    )
+    ours = our_features(found, report["data"], voxels)
+    cells, features = in_order(ours.indices.long(), ours.features)
+    their_cells, their_features = in_order(kept["indices"], kept["features"])
+    same_cells = torch.equal(cells, their_cells)
+    largest = float(features.abs().max())
+    gap = float((features - their_features).abs().max()) if same_cells else None
+    relative = None if gap is None else gap / max(largest, torch.finfo(torch.float32).tiny)
+    checked = {
+        "loaded": theirs["loaded"],
+        "total": theirs["total"],
+        "not_updated_backbone": theirs["not_updated_backbone"],
+        "entries_equal": equal,
+        "voxels": len(voxels["indices"]),
+        "same_cells": same_cells,
+        "max_abs_diff": gap,
+        "max_rel_diff": relative,
+        "parts": theirs["parts"],
+    }
+    encoder_entries = theirs["parts"].get(PREFIX.rstrip("."), 0)
+    wrong = []
+    line = f"loaded {checked['loaded']}/{checked['total']}"
+    if line != report["expected_log_line"]:
+        wrong.append(f"OpenPCDet {line}, expected {report['expected_log_line']}")
+    if checked["not_updated_backbone"] != encoder_entries - report["n_matched"]:
+        wrong.append(f"{checked['not_updated_backbone']} entries of its encoder are not updated")
+    if equal != report["n_matched"]:
+        wrong.append(f"{equal} of {report['n_matched']} entries are equal after loading")
+    if not same_cells:
+        wrong.append("its encoder's output has other cells")
+    elif not relative <= CLOSE:
+        wrong.append(
+            f"features differ by {relative:.1e} of the largest, at most {CLOSE:g} is rounding"
+        )
+    return checked, wrong
+
+
+# ------------------------------------------------------------------------------------------ back
 
 
 def take_back(content: Mapping[str, Any], args: argparse.Namespace) -> tuple[dict, dict]:
@@ -402,7 +603,9 @@ def build_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tag", help="name of the files (default: the checkpoint's and detector's)"
     )
-    parser.add_argument("--detector", choices=DETECTORS, help="who is to have the encoder")
+    parser.add_argument(
+        "--detector", choices=detectors.DETECTORS, help="who is to have the encoder"
+    )
     parser.add_argument("--reverse", action="store_true", help="from OpenPCDet to this package")
     parser.add_argument(
         "--backbone", choices=ENCODERS, help="read it as that (default: what its names say)"
@@ -420,7 +623,31 @@ def build_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--intensity-scale", type=float, metavar="S", help="largest intensity in pre-training"
     )
+    parser.add_argument("--inline", action="store_true", help="a config with all of the data's")
+    parser.add_argument("--verify", action="store_true", help="load it with OpenPCDet's own code")
+    parser.add_argument(
+        "--openpcdet-root", type=Path, metavar="PATH", help="a checkout (default: OPENPCDET_ROOT)"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="PATH", help="interpreter for --verify"
+    )
     return parser
+
+
+def checkout(given: Path | None) -> Path:
+    """The checkout for `--verify`.
+
+    Raises:
+        InputError: where there is none.
+    """
+    root = given or (
+        Path(os.environ["OPENPCDET_ROOT"]) if os.environ.get("OPENPCDET_ROOT") else None
+    )
+    if root is None:
+        raise InputError("--verify needs a checkout of OpenPCDet: give --openpcdet-root PATH")
+    if not (root / "pcdet" / "models" / "detectors" / "detector3d_template.py").is_file():
+        raise InputError(f"--openpcdet-root {root}: no checkout of OpenPCDet is there")
+    return root
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -428,21 +655,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_arguments().parse_args(argv)
     if args.reverse == (args.detector is not None):
         raise InputError("give either --detector, or --reverse")
+    if args.reverse and (args.verify or args.inline):
+        raise InputError("--verify and --inline are about what OpenPCDet gets, not for --reverse")
+    root = checkout(args.openpcdet_root) if args.verify else None
     args.tag = args.tag or f"{args.checkpoint.stem}_{args.detector or 'backbone'}"
-    if Path(args.tag).name != args.tag:
-        raise InputError(f"--tag {args.tag!r}: expected a file name without folders")
+    if Path(args.tag).name != args.tag or any(c.isspace() for c in args.tag):
+        raise InputError(f"--tag {args.tag!r}: expected a file name without folders and blanks")
     target = args.out / f"{args.tag}.pth"
     if target.resolve() == args.checkpoint.resolve():
         raise InputError(f"{target} is the file to read; choose another --tag or --out")
     content = load_checkpoint(args.checkpoint)
-    commands = None
+    done = None
     try:
         if args.reverse:
             file, report = take_back(content, args)
         else:
-            file, report, commands = export(content, args)
+            done = export(content, args)
+            file, report = done.file, done.report
     except InputError as error:
         raise InputError(f"{args.checkpoint}: {error}") from error
+    if args.verify and report["config"] is None:
+        raise InputError(f"--verify: {report['warnings'][-1]}")
     digest = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     report = {
         "source": {"path": str(args.checkpoint), "sha256": digest},
@@ -456,19 +689,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise InputError(f"--out {args.out}: no folder can be made there ({error})") from error
     save_atomic(file, target)
-    text = json.dumps(report, indent=1) + "\n"
-    write_atomic(target.with_suffix(".json"), lambda opened: opened.write(text.encode()))
+    if done is not None:
+        if done.config is not None:
+            write_text(target.with_name(report["config"]), done.config)
+        write_text(target.with_suffix(".txt"), done.commands)
+    wrong: list[str] = []
+    report["sha256"] = hashlib.sha256(target.read_bytes()).hexdigest()
+    if done is not None and root is not None:
+        report["verify"], wrong = verify(done, target, root, args.python)
+    write_text(target.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     print(f"{target}: {report['n_matched']} entries of {report['backbone']}")
     for reason, count in Counter(report["unused_in_source"].values()).most_common():
         print(f"{count} entries of the file not used: {reason}")
     for warning in report.get("warnings", ()):
         print(f"warning: {warning}")
-    if commands is not None:
-        lines = commands.encode()
-        write_atomic(target.with_suffix(".txt"), lambda opened: opened.write(lines))
-        print(commands, end="")
+    if wrong:
+        raise InputError(f"{target} is not what OpenPCDet makes of it: {'; '.join(wrong)}")
+    if "verify" in report:
+        checked = report["verify"]
+        print(
+            f"verified with {root}: {report['expected_log_line']}, {checked['entries_equal']} entries equal, features "
+            f"within {checked['max_rel_diff']:.1e} of the largest"
+        )
+    if done is not None:
+        print(done.commands, end="")
     else:
         print(f"model=dict(backbone={file['model_config']['backbone']})")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all of it or nothing."""
+    content = text.encode()
+    write_atomic(path, lambda opened: opened.write(content))
 
 
 if __name__ == "__main__":
