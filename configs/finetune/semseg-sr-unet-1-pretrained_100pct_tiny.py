@@ -8,6 +8,6 @@ _base_ = [
 
 save_path = "exp/sim_tiny/semseg-sr-unet-1-pretrained_100pct"
 epoch = 5
-optimizer = dict(lr=0.0004)
+optimizer = dict(lr=0.004)
 param_dicts = [dict(keyword="final", lr=0.02)]
-scheduler = dict(max_lr=[0.0004, 0.02])
+scheduler = dict(max_lr=[0.004, 0.02])
