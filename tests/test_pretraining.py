@@ -15,7 +15,7 @@ from pointcept_kd.host.hooks import HookBase
 from pointcept_kd.host.loader import collate_fn
 from pointcept_kd.host.log import read_jsonl
 from pointcept_kd.host.runtime import run_tool
-from tools import train
+from tools import export_openpcdet, train
 
 from .real_nuscenes import write_real_info
 from .real_pairs import CONFIGS
@@ -71,6 +71,19 @@ def values(folder):
     return found
 
 
+def handed_over(folder, monkeypatch):
+    """The encoder goes to OpenPCDet, every entry as it was trained."""
+    last = folder / "model" / "model_last.pth"
+    words = [str(last), "--detector", "second", "--out", str(folder / "handoff"), "--tag", "mine"]
+    monkeypatch.setattr(sys, "argv", ["export_openpcdet.py", *words])
+    assert run_tool(export_openpcdet.main) == 0
+    given = torch.load(folder / "handoff" / "mine.pth", weights_only=True)["model_state"]
+    trained = load_checkpoint(last)["state_dict"]
+    assert len(given) == 72
+    for key, value in given.items():
+        assert torch.equal(value, trained["student.backbone." + key.removeprefix("backbone_3d.")])
+
+
 @pytest.mark.parametrize("kind", ["ppkt", "slidr", "olivine", "scalr", "olivine_voxelnet"])
 def test_every_kind_trains_by_its_config(kind, short, monkeypatch):
     config, folder = short(f"pretrain/{kind}_tiny.py", kind)
@@ -86,6 +99,7 @@ def test_every_kind_trains_by_its_config(kind, short, monkeypatch):
         assert saved["voxels"] == cells
     else:
         assert set(saved["grids"]) == {"student.backbone"}
+        handed_over(folder, monkeypatch)
     student = MODELS.build(Config.fromfile(config).model.student)
     exported = load_checkpoint(folder / "model" / "student_last.pth")["state_dict"]
     student.load_state_dict(exported)

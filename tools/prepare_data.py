@@ -641,6 +641,62 @@ def weak_label_maker(args: argparse.Namespace, layout: str, workers: int | None)
     )
 
 
+def add_instances(commands: argparse._SubParsersAction) -> None:
+    """Options of `instances`."""
+    parser = commands.add_parser(
+        "instances",
+        help="a database of labelled objects, for filling up training scans (kd.PasteInstances)",
+        description="Cut every labelled object out of the training scans (SemanticKITTI, nuScenes, or Waymo with\n"
+        "instance.npy beside segment.npy) and write DATA_ROOT/instances/{index.json,CLASS/SCAN_ID.bin}: x, y, z,\n"
+        "strength as float32. An object is what has one class and one instance id; nuScenes without panoptic labels\n"
+        "(raw/panoptic) takes its boxes instead. A second run leaves everything as it is.",
+        epilog="examples:\n"
+        "  python tools/prepare_data.py instances --data-root data/semantic_kitti\n"
+        "  python tools/prepare_data.py instances --data-root data/sim --min-points 20 --picture pasted.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-root", required=True, type=Path, help="what a config names so")
+    parser.add_argument(
+        "--layout",
+        default="auto",
+        choices=("auto", "semantic_kitti", "nuscenes", "waymo"),
+        help="default: seen from the folders",
+    )
+    parser.add_argument(
+        "--split", help="comma-separated, such as train (default) or 00,02; training scans alone"
+    )
+    parser.add_argument(
+        "--min-points",
+        type=int,
+        help="of an object (default: SemanticKITTI 40, nuScenes 10, Waymo 50)",
+    )
+    parser.add_argument("--out", type=Path, help="default: DATA_ROOT/instances")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="also draw a scan before and after pasting"
+    )
+    parser.set_defaults(run=instances)
+
+
+def instances(args: argparse.Namespace) -> int:
+    """Cut objects out and say how many of each class."""
+    from pointcept_kd.data import instances as objects
+
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers: {args.workers}; use 1 or more")
+    out = args.out or args.data_root / objects.FOLDER
+    splits = args.split.split(",") if args.split is not None else None
+    counts = objects.build(args.data_root, args.layout, splits, out, args.min_points, args.workers)
+    print(f"{out}: {sum(counts.values())} objects")
+    print(", ".join(f"{name} {count}" for name, count in counts.items()))
+    if args.picture is not None:
+        from pointcept_kd.data.pasting import draw_pasting
+
+        name, pasted = draw_pasting(args.data_root, out, args.picture, splits)
+        print(f"{args.picture}: {name} without and with {pasted} pasted points")
+    return 0
+
+
 def add_check_submission(commands: argparse._SubParsersAction) -> None:
     """Options of `check-submission`."""
     parser = commands.add_parser(
@@ -698,6 +754,7 @@ def main(argv: list[str] | None = None) -> int:
         add_maps,
         add_superpixels,
         add_weak_labels,
+        add_instances,
         add_check_submission,
     ):
         add(commands)

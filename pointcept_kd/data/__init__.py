@@ -4,12 +4,15 @@
 """
 
 from . import (
+    camera_views,
     completion_pairs,
     image_labels,
+    instances,
     kitti,
     mirror,
     nuscenes,
     pair_transforms,
+    pasting,
     pixel_pairs,
     planar,
     point_index,
@@ -20,12 +23,15 @@ from . import (
 )
 
 __all__ = [
+    "camera_views",
     "completion_pairs",
     "image_labels",
+    "instances",
     "kitti",
     "mirror",
     "nuscenes",
     "pair_transforms",
+    "pasting",
     "pixel_pairs",
     "planar",
     "point_index",

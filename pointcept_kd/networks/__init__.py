@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from .cylinder3d import Cylinder3D
 from .denoiser import ConditionEncoder, Denoiser, Refiner
+from .fusion import FusionNet
 from .image import ImageEncoder
 from .image_segmentor import ImageSegmentor
 from .polarnet import PolarNet
@@ -20,6 +21,7 @@ from .ptv3 import PointTransformerV3
 from .residual_unet import ResidualUNet
 from .segmentor import DefaultSegmentor, DefaultSegmentorV2
 from .sparse_unet import SpUNetBase
+from .swiftnet import SwiftNet
 from .voxelnet import UNetV2, VoxelBackBone8x, VoxelEmbedding, VoxelResBackBone8x
 from .voxels import VoxelSegmentor
 
@@ -29,6 +31,7 @@ __all__ = [
     "DefaultSegmentor",
     "DefaultSegmentorV2",
     "Denoiser",
+    "FusionNet",
     "ImageEncoder",
     "ImageSegmentor",
     "LinearProbe",
@@ -37,6 +40,7 @@ __all__ = [
     "Refiner",
     "ResidualUNet",
     "SpUNetBase",
+    "SwiftNet",
     "UNetV2",
     "VoxelBackBone8x",
     "VoxelEmbedding",
