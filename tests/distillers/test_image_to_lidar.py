@@ -1,14 +1,20 @@
 """Pre-training from images: pairs of a batch against loops over scans, what is left out, validation, resume."""
 
 import math
+import multiprocessing
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pointcept_kd.distillers import image_to_lidar, pair_terms
 from pointcept_kd.distillers.contrast import class_contrast, pair_infonce
-from pointcept_kd.host import MODELS, InputError
+from pointcept_kd.host import MODELS, InputError, comm, processes, runtime
+from pointcept_kd.host.config import Config
+from pointcept_kd.host.joint import joint_batch
 from pointcept_kd.host.loader import collate_fn
 
 HEADS = ("final", "final_class_level")
@@ -64,12 +70,16 @@ class Images(nn.Module):
         return images.permute(0, 2, 3, 1)[i, r, c]
 
 
-@pytest.fixture(autouse=True)
-def networks():
-    torch.manual_seed(0)
+def register():
     MODELS.register_module("TestPoints", module=Points, force=True)
     MODELS.register_module("TestOneHead", module=OneHead, force=True)
     MODELS.register_module("TestImages", module=Images, force=True)
+
+
+@pytest.fixture(autouse=True)
+def networks():
+    torch.manual_seed(0)
+    register()
 
 
 def model(student="TestPoints", **terms):
@@ -352,6 +362,50 @@ def test_a_class_that_appears_late_or_once_is_finite():
         assert all(torch.isfinite(v) for v in out.values())
         out["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def train_apart(cfg):
+    """Rank 1 has no pair in one batch, one in another, and never class 3, which rank 0 shows late."""
+    register()
+    torch.manual_seed(0)
+    terms = dict(type="kd.ClassDistributions", classes=3, dim=5, warmup_steps=3)
+    net = DistributedDataParallel(
+        model(pairs=dict(type="kd.PairContrast"), classes=dict(type="kd.ClassContrast"), pull=terms)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    rank = comm.get_rank()
+    for step in range(6):
+        pairs = 20 if rank == 0 else (12, 0, 1, 12, 12, 0)[step]
+        one = scan(pairs=pairs, seed=10 * step + rank)
+        if rank or step < 4:
+            one["pair_label"].clamp_(max=2)
+        with joint_batch():
+            out = net(collate_fn([one]))
+        assert all(torch.isfinite(value) for value in out.values()), (step, out)
+        assert (out["loss_pull"] != 0) == (step >= 3)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    state = torch.cat([v.double().flatten() for v in net.module.state_dict().values()])
+    assert torch.isfinite(state).all()
+    both = [torch.empty_like(state) for _ in range(2)]
+    dist.all_gather(both, state)
+    assert torch.equal(*both), "parameters, statistics and counters are those of both"
+    assert int(net.module.skipped_batches) == 3
+    assert net.module.terms["pull"].vmf.seen.tolist() == [True, True, True, False]
+
+
+@pytest.mark.skipif(
+    not dist.is_gloo_available() or sys.platform != "linux", reason="needs gloo and fork"
+)
+def test_processes_without_pairs_or_classes(monkeypatch):
+    multiprocessing.set_forkserver_preload(["tests.distillers.test_image_to_lidar"])
+    monkeypatch.setattr(processes, "_METHOD", "forkserver")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    runtime.launch(train_apart, 2, Config({"device": "cpu"}))
 
 
 # ------------------------------------------------------------------------------ what is watched
