@@ -3,6 +3,7 @@
     data_root/SPLIT/SEQUENCE/TIMESTAMP/coord.npy      (n, 3) metres, vehicle frame
                                       /strength.npy   (n, 1) tanh of the intensity
                                       /segment.npy    (n,) 0..21, -1 without label; not for every frame
+                                      /instance.npy   (n,) which object of its class, 0 without; for `instances`
                                       /pose.npy       (4, 4) vehicle to world
 
 SPLIT is training, validation or testing. `tools/prepare_data.py waymo` writes these folders from the official segment

@@ -3,6 +3,7 @@
     OUT/SPLIT/SEGMENT/TIMESTAMP/coord.npy     (n, 3) float32, vehicle frame, metres
                                /strength.npy  (n, 1) float32, tanh of the intensity
                                /segment.npy   (n,) int32, 0..21, -1 without label; labelled frames only
+                               /instance.npy  (n,) int32, which object of its class, 0 without; beside segment.npy
                                /pose.npy      (4, 4) float64, vehicle to world
                                /mask.npy      not for training: the pixels that are points, of each return and laser
                                               (2, 5), by which predictions go back into range images;
@@ -109,7 +110,7 @@ def _to_world(points: NDArray, poses: NDArray) -> NDArray:
 
 
 def frame_arrays(frame: Frame) -> dict[str, NDArray]:
-    """`coord`, `strength`, `pose`, `mask` and, of a labelled frame, `segment`, as the files hold them.
+    """`coord`, `strength`, `pose`, `mask` and, of a labelled frame, `segment` and `instance`, as the files hold them.
 
     Raises:
         InputError: for a record that lacks something or whose parts do not fit together.
@@ -151,24 +152,26 @@ def frame_arrays(frame: Frame) -> dict[str, NDArray]:
     if not len(arrays["coord"]):
         raise frame.fail("no range image has a point")
     if frame.labelled:
-        arrays["segment"] = np.concatenate(segment)
+        arrays["instance"], arrays["segment"] = np.concatenate(segment).T.copy()
     return arrays
 
 
 def _labels(frame: Frame, laser: Laser, back: int, valid: NDArray) -> NDArray:
-    """Class of each point, -1 where there is none: only TOP has labels, and not for every point."""
+    """Instance, 0, and class, -1 where there is none (n, 2): only TOP has labels, and not for every point."""
     compressed = laser.labels[back]
     if not len(compressed):
-        return np.full(int(valid.sum()), -1, np.int32)
+        return np.tile(np.int32([0, -1]), (int(valid.sum()), 1))
     what = f"segmentation_label of laser {laser.name}, return {back + 1}"
     labels = frame.image(compressed, "int", what)
     if labels.shape != (*valid.shape, 2):
         raise frame.fail(f"{what} has shape {labels.shape}, the range image {valid.shape}")
-    classes = labels[..., 1][valid]
+    found = labels[valid].astype(np.int32)
+    classes = found[:, 1]
     bad = (classes < 0) | (classes > CLASSES)
     if bad.any():
         raise frame.fail(f"{what} has class {int(classes[bad][0])}, expected 0 to {CLASSES}")
-    return (classes - 1).astype(np.int32)
+    found[classes == 0, 0] = 0
+    return found - np.int32([0, 1])
 
 
 # ---- files
@@ -203,7 +206,7 @@ class Plan:
         """What a finished file is remembered by."""
         listed = None if self.frames is None else repr(sorted(self.frames)).encode()
         digest = None if listed is None else hashlib.sha256(listed).hexdigest()
-        return {"labelled_only": self.labelled_only, "frames_sha256": digest}
+        return {"labelled_only": self.labelled_only, "frames_sha256": digest, "instances": True}
 
 
 @dataclass
@@ -242,7 +245,7 @@ def convert_file(path: Path, out: Path, plan: Plan, report: Report | None = None
             target = folder / str(frame.timestamp)
             frames.append(target.name)
             needed = ["coord", "strength", "pose"]
-            needed += ["segment"] if frame.labelled and plan.split != "testing" else []
+            needed += ["segment", "instance"] if frame.labelled and plan.split != "testing" else []
             needed += ["mask"] if plan.split != "training" else []
             if all((target / f"{name}.npy").is_file() for name in needed):
                 report.kept += 1

@@ -104,6 +104,10 @@ def test_the_scene_comes_back(made, tmp_path):
     assert labels.dtype == np.int32
     assert labels.tolist() == scene.expect[0][:, 4].tolist()
     assert set(labels) == set(range(-1, 22))
+    things = np.load(frames[0] / "instance.npy")
+    assert things.dtype == np.int32
+    assert things.tolist() == scene.expect[0][:, 5].tolist()
+    assert len(set(things.tolist())) > 20
     assert sorted(f.name for f in frames[1].iterdir()) == ["coord.npy", "pose.npy", "strength.npy"]
 
 
@@ -144,7 +148,7 @@ def test_running_again_writes_what_is_missing(made, tmp_path):
     assert convert(raw, tmp_path, Plan("training"), progress=False).written == 1
     folder = tmp_path / "training" / NAME
     before = (folder / str(scene.times[0]) / "coord.npy").stat().st_mtime_ns
-    for victim in ("segment.npy", "coord.npy"):
+    for victim in ("segment.npy", "instance.npy", "coord.npy"):
         (tmp_path / "training" / ".done" / f"{NAME}.json").unlink()
         (folder / str(scene.times[0]) / victim).unlink()
         (folder / f".{scene.times[0]}.tmp").mkdir()  # as a killed run leaves it

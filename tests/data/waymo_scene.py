@@ -107,7 +107,7 @@ class Scene:
     """A vehicle on the plane z = 3 of the world, a wall 15 m to its left; world coordinates are kilometres.
 
     `expect` holds, for each frame, the points that a converter should find: rows of x, y, z in the frame, intensity,
-    label (-1 without), TOP's first, returns one after the other.
+    label (-1 without), instance (0 without), TOP's first, returns one after the other.
     """
 
     def __init__(self, seed=0):
@@ -154,13 +154,14 @@ class Scene:
                 for back, r in enumerate(returns):
                     power = self.rng.uniform(0, 3)
                     images[back][row, column] = r, power, 0, -1
-                    label = -1
+                    label, thing = -1, 0
                     if labelled and sensor.name == 1:
                         # Class ids of the files: 0 is no label, 300 instances take two bytes each.
                         label = (row + column + back) % 23 - 1
                         labels[back][row, column] = 300 * column, label + 1
+                        thing = 300 * column if label >= 0 else 0
                     local = np.linalg.inv(frame_pose) @ [*(start + r * ray), 1]
-                    found[back].append([*local[:3], np.tanh(np.float32(power)), label])
+                    found[back].append([*local[:3], np.tanh(np.float32(power)), label, thing])
         encoded = [number(1, sensor.name)]
         for back in range(2):
             part = block(2, matrix(images[back]))
