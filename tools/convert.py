@@ -8,6 +8,7 @@
     python tools/convert.py refiner refine_net.ckpt --out weights/refiner.pth
     python tools/convert.py distillationdpo distillationdpo_st.ckpt --out weights/dpo_student.pth --part student
     python tools/convert.py slidr minkunet_slidr_1gpu.pt --out weights/slidr.pth --as trunk
+    python tools/convert.py sphereformer model_nuscenes.pth --out weights/sphereformer.pth
 
 Says what became of every entry of the file, and prints the model to put into a config. Weights know nothing of the
 grid that they were trained on and are of no use on another one: where a network has a choice, --range and --shape name
@@ -49,6 +50,12 @@ from pointcept_kd.networks.released_completion import (
     read_tensors,
 )
 from pointcept_kd.networks.released_residual_unet import convert_residual_unet, read_points
+from pointcept_kd.networks.released_sphereformer import (
+    DATA_SETS,
+    TOWERS,
+    convert_point_voxel_unet,
+    convert_sphereformer,
+)
 from pointcept_kd.networks.voxels import build_partition
 
 
@@ -269,6 +276,44 @@ def _residual_unet(args: argparse.Namespace) -> Converted:
     return Converted(named, model, "\n".join(lines), report.fates())
 
 
+def _sphereformer_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-set",
+        choices=tuple(DATA_SETS),
+        help="whose voxels and windows the weights were trained with (default: by the number of classes)",
+    )
+
+
+def _sphereformer(args: argparse.Namespace) -> Converted:
+    state_dict = load_checkpoint(args.file)["state_dict"]
+    with naming(args.file):
+        weights, report = convert_sphereformer(state_dict, args.data_set)
+    return _backbone("kd.SphereFormer", weights, report)
+
+
+def _u2mkd_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tower",
+        choices=tuple(TOWERS),
+        default="teacher",
+        help="which to take of a file that holds both; of a student its LiDAR branch (default teacher)",
+    )
+
+
+def _u2mkd(args: argparse.Namespace) -> Converted:
+    state_dict = load_checkpoint(args.file)["state_dict"]
+    with naming(args.file):
+        weights, report = convert_point_voxel_unet(state_dict, args.tower)
+    return _backbone("kd.PointVoxelUNet", weights, report)
+
+
+def _backbone(kind: str, weights: Mapping[str, Tensor], report: ConversionReport) -> Converted:
+    """The weights as those of a segmentor's backbone with a head of its own."""
+    model = dict(type="DefaultSegmentor", backbone=dict(type=kind, **report.network))
+    named = {f"backbone.{key}": value for key, value in weights.items()}
+    return Converted(named, model, str(report), report.fates())
+
+
 COMMANDS = {
     "cylinder3d": Command(
         "Cylinder3D and PVKD, trained with spconv 1", _cylinder3d_options, _cylinder3d
@@ -297,6 +342,10 @@ COMMANDS = {
         _residual_unet_options,
         _residual_unet,
     ),
+    "sphereformer": Command(
+        "SphereFormer, trained with spconv 2", _sphereformer_options, _sphereformer
+    ),
+    "u2mkd": Command("U2MKD's LiDAR network, trained with torchsparse", _u2mkd_options, _u2mkd),
 }
 
 
