@@ -287,6 +287,34 @@ class CosineAnnealingLR(lr_scheduler.CosineAnnealingLR):
 
 
 @kd.SCHEDULERS.register_module()
+class WarmupCosineLR(_FactorLR):
+    """A rise in equal steps, then half a cosine to 0 that is as long as the whole run.
+
+    Factor (step + 1) / warmup_steps in the rise, (1 + cos(pi (step - warmup_steps) / total_steps)) / 2 after it: the
+    run ends while the cosine still has as many steps before it as the rise took (doi:10.1109/TPAMI.2024.3451658).
+
+    Args:
+        optimizer: whose learning rates to set.
+        total_steps: updates in the run.
+        warmup_steps: updates of the rise, 0 for none. Published: 1000 over the number of processes, none for one.
+        last_epoch: step to go on from.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, last_epoch: int = -1
+    ) -> None:
+        if warmup_steps < 0:
+            raise InputError(f"WarmupCosineLR: warmup_steps={warmup_steps}: expected 0 or more")
+
+        def factor(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            return (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / total_steps))) / 2
+
+        super().__init__(optimizer, factor, total_steps, last_epoch)
+
+
+@kd.SCHEDULERS.register_module()
 class EpochCosineLR(_FactorLR):
     """Half a cosine to 0 over the run in equal steps: the rate holds still for an epoch, then falls.
 
