@@ -8,7 +8,7 @@ _base_ = [
 
 save_path = "exp/sim_tiny/semseg-sr-unet-1-pretrained_10pct"
 epoch = 50
-optimizer = dict(lr=0.001)
+optimizer = dict(lr=0.004)
 param_dicts = [dict(keyword="final", lr=0.02)]
-scheduler = dict(max_lr=[0.001, 0.02])
+scheduler = dict(max_lr=[0.004, 0.02])
 data = dict(train=dict(scans="configs/finetune/lists/sim_10pct.txt"))

@@ -437,7 +437,9 @@ def test_superpixels_of_another_folder(semantic):
     assert PointPixelDataset(source, superpixels=True)[0]["superpixels"][0].max() == 29 * 11
     sample = PointPixelDataset(source, superpixels="superpixels_30")[0]
     assert (sample["superpixels"][0] == 7).all()
-    with pytest.raises(InputError, match="superpixels_30/000001.png: the map of the image is missing"):
+    with pytest.raises(
+        InputError, match="superpixels_30/000001.png: the map of the image is missing"
+    ):
         PointPixelDataset(source, superpixels="superpixels_30")[1]
 
 
