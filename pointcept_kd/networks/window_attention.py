@@ -350,12 +350,18 @@ def _plain(
     pairs: int | None,
 ) -> Tensor:
     """softmax(q k^T) v per bucket; with `radial` the r axis is added per pair, its values to the first columns."""
-    order, made = [], []
+    chunks = divided.chunks(pairs)
+    place = torch.cat([chunk.tokens for chunk in chunks])
+    given = [q, k, v]
     if radial is not None:
-        by_q = torch.einsum("nhd,hrd->nhr", short_q, radial[0])
-        by_k = torch.einsum("nhd,hrd->nhr", short_k, radial[1])
-    for chunk in divided.chunks(pairs):
-        cq, ck, cv = (_take(t, chunk) for t in (q, k, v))
+        given.append(torch.einsum("nhd,hrd->nhr", short_q, radial[0]))
+        given.append(torch.einsum("nhd,hrd->nhr", short_k, radial[1]))
+    # Cut from one rearranged tensor: the gradient of a gather per chunk would be as large as all tokens.
+    counts = [len(chunk.tokens) for chunk in chunks]
+    pieces = zip(*(x.index_select(0, place).split(counts) for x in given))
+    made = []
+    for chunk, piece in zip(chunks, pieces):
+        cq, ck, cv, *by = (_padded(x, chunk) for x in piece)
         mask = None if chunk.valid is None else chunk.valid[:, None]
         if radial is None:
             out = F.scaled_dot_product_attention(cq, ck, cv, mask, scale=1.0)
@@ -363,8 +369,8 @@ def _plain(
             r = divided.u[:, 2][chunk.rows]
             rows = exponential_rows(r.unsqueeze(2) - r.unsqueeze(1), radial[3])
             rows = rows.expand(cq.shape[0], -1, -1, -1)
-            logits = torch.matmul(cq, ck.transpose(2, 3)) + _take(by_q, chunk).gather(3, rows)
-            logits = logits + _take(by_k, chunk).gather(3, rows.transpose(2, 3)).transpose(2, 3)
+            logits = torch.matmul(cq, ck.transpose(2, 3)) + by[0].gather(3, rows)
+            logits = logits + by[1].gather(3, rows.transpose(2, 3)).transpose(2, 3)
             if mask is not None:
                 logits = logits.masked_fill(~mask, -torch.inf)
             weights = logits.softmax(3)
@@ -372,10 +378,15 @@ def _plain(
             width = radial[2].shape[2]
             encoded = F.pad(_times(share, radial[2]), (0, v.shape[2] - width))
             out = torch.matmul(weights, cv) + encoded
-        order.append(chunk.tokens)
         made.append(_real(out, chunk))
-    place = torch.cat(order)
     return torch.cat(made).index_select(0, torch.argsort(place))
+
+
+def _padded(x: Tensor, chunk: Chunk) -> Tensor:
+    """The rows (m, h, d) of `chunk.tokens` as (h, w, length, d)."""
+    if chunk.valid is not None:
+        x = x.index_select(0, chunk.valid.flatten().cumsum(0) - 1)
+    return x.unflatten(0, chunk.rows.shape).permute(2, 0, 1, 3)
 
 
 def _flash(flash: Any, q: Tensor, k: Tensor, v: Tensor, divided: Windows) -> Tensor:
