@@ -26,7 +26,7 @@ class Backbone(nn.Module):
 
 
 @kd.MODELS.register_module(force=True)
-class TinySegmentor(nn.Module):
+class PretrainedSegmentor(nn.Module):
     def __init__(self, width=8):
         super().__init__()
         self.backbone = Backbone(width=width)
@@ -138,7 +138,7 @@ def test_voxels_that_fit():
 
 def config(folder, **changes):
     hook = dict(type="kd.PretrainedBackbone", **changes.pop("hook", {}))
-    changes.setdefault("model", dict(type="kd.TinySegmentor"))
+    changes.setdefault("model", dict(type="kd.PretrainedSegmentor"))
     return tiny_config(
         folder / "run", hooks=[hook, *(dict(h) for h in HOOKS[1:])], mix_prob=0, **changes
     )
@@ -191,7 +191,7 @@ def test_without_a_weight(tmp_path):
 
 def test_what_stops_a_run_before_it_begins(tmp_path, weight):
     with pytest.raises(InputError, match="stem.0.weight"):
-        Trainer(config(tmp_path, weight=weight, model=dict(type="kd.TinySegmentor", width=9)))
+        Trainer(config(tmp_path, weight=weight, model=dict(type="kd.PretrainedSegmentor", width=9)))
     with pytest.raises(
         InputError, match="into='encoder': the model has no such module but backbone"
     ):
@@ -211,7 +211,7 @@ def test_what_stops_a_run_before_it_begins(tmp_path, weight):
 
 
 def test_the_head_has_a_rate_of_its_own():
-    model = kd.MODELS.build(dict(type="TinySegmentor"))
+    model = kd.MODELS.build(dict(type="PretrainedSegmentor"))
     optimizer = build_optimizer(
         dict(type="SGD", lr=0.02, momentum=0.9, dampening=0.1, weight_decay=1e-4),
         model,
