@@ -167,3 +167,40 @@ def test_nothing_is_not_finite(key_frame, what):
     out["loss"].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+def test_a_step_on_a_real_semantic_kitti_scan(samples, tmp_path):
+    (tmp_path / "scans.txt").write_text("00_000009\n")
+    root = samples / "semantickitti"
+    cfg = Config.fromfile(CONFIGS / "kd/sphereformer_to_fusion_semantic_kitti.py").data.train
+    transform = copy.deepcopy(cfg.transform)
+    transform[0]["student_voxel"]["voxel_size"] = 0.5
+    source = {**cfg.source, "data_root": str(root)}
+    # Only the first scan has its image: of later ones, merged with past scans, the teacher's view is looked at.
+    later = DATASETS.build({**source, "scans": str(tmp_path / "scans.txt"), "sweeps": 9})[0]
+    assert len(np.unique(later["sweep"])) == 4, "scans 9, 5, 2 and 1"
+    (tmp_path / "scans.txt").write_text("00_000000\n")
+    dataset = DATASETS.build(
+        dict(cfg, source={**source, "scans": str(tmp_path / "scans.txt")}, transform=transform)
+    )
+    np.random.seed(0)
+    batch = collate_fn([dataset[0]])
+    assert batch["images"].shape == (1, 3, 192, 640)
+    seen = len(batch["view_point"]) / len(batch["coord"])
+    assert 0.05 < seen < 0.3, "the camera looks ahead"
+    assert len(batch["segment"].unique()) > 8
+    model = copy.deepcopy(Config.fromfile(CONFIGS / "kd/sphereformer_to_fusion_tiny.py").model)
+    model.teacher.weight = "random"
+    for branch in (
+        model.teacher.model.backbone,
+        model.student.model.lidar,
+        model.student.model.camera,
+    ):
+        branch.num_classes = 19
+    torch.manual_seed(0)
+    network = MODELS.build(model).train()
+    out = network(batch)
+    out["loss"].backward()
+    assert all(torch.isfinite(value) for value in out.values())
+    for name, parameter in network.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
