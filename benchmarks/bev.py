@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.ops import Row, environment, least_ms, scene, table
+from benchmarks.ops import Row, cpu_ms, environment, least_ms, scene, table
 from pointcept_kd.data.semantic_kitti import LEARNING_MAP, map_labels
 from pointcept_kd.distillers.logits import logit_kl
 from pointcept_kd.host import MODELS, InputError
@@ -93,17 +93,6 @@ class Sample(NamedTuple):
     cells: Tensor
     occupied: Tensor
     labels: Tensor
-
-
-def cpu_ms(call: Callable[[], object]) -> Callable[[], float]:
-    """`call` as an alternative of `least_ms` by its CPU time, which other work on the machine stretches less."""
-
-    def timed() -> float:
-        start = time.process_time()
-        call()
-        return (time.process_time() - start) * 1e3
-
-    return timed
 
 
 # --- sample ---------------------------------------------------------------------------------------

@@ -40,10 +40,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from benchmarks.bev import cpu_ms
 from benchmarks.completion_data import demand, maps_section, pairs_section
 from benchmarks.completion_network import network_section
-from benchmarks.ops import Row, environment, least_ms, scene, table
+from benchmarks.ops import Row, cpu_ms, environment, least_ms, scene, table
 from pointcept_kd.completion import metrics
 from pointcept_kd.completion.metrics import CellCounts, CompletionScores
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.ops import Row, environment, least_ms, scene, table
+from benchmarks.ops import Row, cpu_ms, environment, least_ms, scene, table
 from pointcept_kd.networks.fusion_blocks import CameraViews, scaled
 
 POINTS = 25_000
@@ -88,17 +87,6 @@ def scatter_by_camera(
             total = total + F.interpolate(fine, size=size, mode="bilinear", align_corners=True)
         maps.append(total[0] / scales)
     return torch.stack(maps)
-
-
-def cpu_ms(call: Callable[[], object]) -> Callable[[], float]:
-    """`call` as an alternative of `least_ms` by its CPU time."""
-
-    def timed() -> float:
-        start = time.process_time()
-        call()
-        return (time.process_time() - start) * 1e3
-
-    return timed
 
 
 def both_ways(call: Callable[[Tensor], Tensor], source: Tensor) -> Callable[[], object]:

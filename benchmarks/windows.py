@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.ops import Row, environment, least_ms, scene, table, voxels
+from benchmarks.ops import Row, cpu_ms, environment, least_ms, scene, table, voxels
 from pointcept_kd.networks.window_attention import METHODS, window_attention
 from pointcept_kd.ops.scatter import segment_softmax
 from pointcept_kd.ops.windows import (
@@ -47,17 +46,6 @@ SPHERICAL = (2.0, 2.0, 80.0)
 A = 0.0125
 # Pairs that the edge list handles at a time.
 PART = 500_000
-
-
-def cpu(call: Callable[[], object]) -> Callable[[], float]:
-    """The call, answering with its CPU milliseconds."""
-
-    def timed() -> float:
-        start = time.process_time()
-        call()
-        return (time.process_time() - start) * 1e3
-
-    return timed
 
 
 def tokens(count: int) -> tuple[Tensor, str]:
@@ -99,10 +87,10 @@ def time_partition(xyz: Tensor, seconds: float) -> list[Row]:
             raise SystemExit("the two partitions differ: the comparison would be meaningless")
         least = least_ms(
             {
-                "ours": cpu(partial(side_by_side, batch, index)),
-                "rows": cpu(partial(by_rows, batch, index)),
-                "sorted": cpu(partial(by_rows_sorted, batch, index)),
-                "whole": cpu(partial(windows, u, batch, window)),
+                "ours": cpu_ms(partial(side_by_side, batch, index)),
+                "rows": cpu_ms(partial(by_rows, batch, index)),
+                "sorted": cpu_ms(partial(by_rows_sorted, batch, index)),
+                "whole": cpu_ms(partial(windows, u, batch, window)),
             },
             seconds,
         )
@@ -224,9 +212,9 @@ def time_attention(xyz: Tensor, seconds: float, quick: bool) -> list[Row]:
             raise SystemExit("the forms of attention differ: the comparison would be meaningless")
         calls: dict[str, Callable[[], object]] = {}
         for name, given in (("forward", None), ("both", grad)):
-            calls[f"edges {name}"] = cpu(partial(edge_list, inputs, divided, a, parts, given))
+            calls[f"edges {name}"] = cpu_ms(partial(edge_list, inputs, divided, a, parts, given))
             for method in METHODS[: 1 if quick else None]:
-                calls[f"{method} {name}"] = cpu(partial(ours, inputs, divided, a, method, given))
+                calls[f"{method} {name}"] = cpu_ms(partial(ours, inputs, divided, a, method, given))
         least = least_ms(calls, seconds)
         for name, text in (("forward", "forward"), ("both", "forward + backward")):
             rows.append(

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pointcept_kd.host import DATASETS, TRANSFORMS, InputError, kd
+from pointcept_kd.host import TRANSFORMS, InputError, kd
 from pointcept_kd.host.loader import Compose, DefaultDataset
 
 from .arrays import Data, coord_of, lookup, need, per_point, select, valid_keys
 from .camera import Camera, read_rgb
+from .camera_source import CameraSource
 from .nuscenes import NuScenesDataset
 from .nuscenes_files import find_file
 from .pair_transforms import rows_of_ids
-from .transforms import INDEX_VALID_KEYS
 
 MIN_DEPTH = 1.0  # metres
 VIEWS = ("view_point", "view_image", "view_uv")
@@ -129,7 +129,7 @@ def _averaged(image: NDArray, down: int, across: int) -> NDArray:
 
 
 @kd.DATASETS.register_module()
-class CameraViewDataset(DefaultDataset):
+class CameraViewDataset(CameraSource):
     """Scans with their camera images and what each camera sees of them.
 
     A sample has what the source gives, and
@@ -170,35 +170,17 @@ class CameraViewDataset(DefaultDataset):
         cache: bool | str = False,
         loop: int = 1,
     ) -> None:
-        if isinstance(cameras, str) or (cameras is not None and not len(cameras)):
-            raise InputError(f"cameras={cameras!r}: expected a list of names, or None for all")
+        self.check_names(cameras)
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
             raise InputError(f"keep={keep!r}: expected a number of cameras, or None for all")
         if len(image_size) != 2 or not all(isinstance(s, int) and s > 0 for s in image_size):
             raise InputError(f"image_size={image_size!r}: expected height and width in pixels")
-        self.camera_names = None if cameras is None else list(cameras)
         self.keep, self.image_size = keep, (int(image_size[0]), int(image_size[1]))
         self.occlusion = _occlusion(occlusion)
-        self.source = DATASETS.build(source) if isinstance(source, Mapping) else source
-        needed = ["data_list", "load", *([] if keep == 0 else ["cameras", "images"])]
-        if not all(hasattr(self.source, name) for name in needed):
-            raise InputError(
-                f"source {type(self.source).__name__} has no cameras; use a reader such as "
-                "kd.SemanticKITTIDataset or kd.NuScenesDataset, or keep=0"
-            )
         super().__init__(
-            split=self.source.split, data_root=self.source.data_root, transform=transform,
-            test_mode=test_mode, test_cfg=test_cfg, cache=cache, loop=loop,
-            ignore_index=self.source.ignore_index,
+            source, cameras, blind=keep == 0, transform=transform, test_mode=test_mode,
+            test_cfg=test_cfg, cache=cache, loop=loop,
         )  # fmt: skip
-
-    def get_data_list(self) -> list[Any]:
-        """The samples of the source."""
-        return self.source.data_list
-
-    def get_data_name(self, idx: int) -> str:
-        """The name that the source gives."""
-        return self.source.get_data_name(idx)
 
     def get_data(self, idx: int) -> dict[str, Any]:
         """One scan and what all cameras see of it, see the class; no images."""
@@ -207,16 +189,14 @@ class CameraViewDataset(DefaultDataset):
         cameras = []
         if self.keep != 0:
             found = self.source.cameras(position)
-            cameras = [found[i] for i in self._chosen([camera.name for camera in found])]
+            cameras = [found[i] for i in self.chosen([camera.name for camera in found])]
         points = data["coord"]
         if "sweep" in data:
             points = points[: int(np.argmax(data["sweep"] > 0)) or None]
         views = camera_views(points, cameras, self.occlusion)
         data.update(zip(VIEWS, views, strict=True))
         data["camera_names"] = [camera.name for camera in cameras]
-        data["point_id"] = np.arange(len(data["coord"]), dtype=np.int64)
-        listed = data.get("index_valid_keys", INDEX_VALID_KEYS)
-        data["index_valid_keys"] = list(dict.fromkeys([*listed, "point_id"]))
+        self.number(data)
         return data
 
     def load(self, idx: int) -> dict[str, Any]:
@@ -245,21 +225,9 @@ class CameraViewDataset(DefaultDataset):
         chosen = [names.index(name) for name in data["camera_names"]]
         result = []
         for i, image in zip(chosen, _read(self.source, position, chosen), strict=True):
-            if image.shape != (cameras[i].height, cameras[i].width, 3):
-                raise InputError(
-                    f"sample {data['name']}: the image of {names[i]} is of shape {image.shape}, its camera has "
-                    f"{cameras[i].width} x {cameras[i].height} pixels; copy the image again"
-                )
+            self.check_image(data["name"], cameras[i], image)
             result.append(aligned_resize(image, self.image_size))
         return result
-
-    def _chosen(self, names: list[str]) -> list[int]:
-        if self.camera_names is None:
-            return list(range(len(names)))
-        unknown = [name for name in self.camera_names if name not in names]
-        if unknown:
-            raise InputError(f"cameras: no {', '.join(unknown)}; there are {', '.join(names)}")
-        return [names.index(name) for name in self.camera_names]
 
 
 def _occlusion(given: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pointcept_kd.host import DATASETS, InputError, kd
+from pointcept_kd.host import InputError, kd
 from pointcept_kd.host.loader import DefaultDataset
 
 from .camera import Camera
+from .camera_source import CameraSource
 from .scans import require_choice
-from .transforms import INDEX_VALID_KEYS
 
 MIN_DEPTH = 1.0  # metres
 LABELS = ("weak", "segment", None)
@@ -45,7 +45,7 @@ def pixel_pairs(points: ArrayLike, cameras: Sequence[Camera]) -> tuple[NDArray, 
 
 
 @kd.DATASETS.register_module()
-class PointPixelDataset(DefaultDataset):
+class PointPixelDataset(CameraSource):
     """Scans with their camera images and the pairs between both.
 
     A sample has what the source gives, and
@@ -88,18 +88,13 @@ class PointPixelDataset(DefaultDataset):
         loop: int = 1,
     ) -> None:
         require_labels(labels)
-        if isinstance(cameras, str) or (cameras is not None and not len(cameras)):
-            raise InputError(f"cameras={cameras!r}: expected a list of names, or None for all")
-        self.source = DATASETS.build(source) if isinstance(source, Mapping) else source
-        needed = ("data_list", "load", "cameras", "images")
-        if not all(hasattr(self.source, name) for name in needed):
-            raise InputError(
-                f"source {type(self.source).__name__} has no cameras; use a reader such as "
-                "kd.SemanticKITTIDataset, kd.NuScenesDataset or kd.KITTIObjectDataset"
-            )
+        self.check_names(cameras)
         self.labels, self.with_superpixels, self.with_maps = labels, superpixels, maps
-        self.camera_names = None if cameras is None else list(cameras)
         self.num_classes = num_classes
+        super().__init__(
+            source, cameras, transform=transform, test_mode=test_mode, test_cfg=test_cfg,
+            cache=cache, loop=loop,
+        )  # fmt: skip
         if labels == "weak" or maps:
             known = self.source.weak_classes()
             if num_classes is not None and len(known) != num_classes:
@@ -107,19 +102,6 @@ class PointPixelDataset(DefaultDataset):
                     f"num_classes={num_classes}, but the weak labels below {self.source.data_root} have "
                     f"{len(known)} classes: {', '.join(known)}; correct one of them"
                 )
-        super().__init__(
-            split=self.source.split, data_root=self.source.data_root, transform=transform,
-            test_mode=test_mode, test_cfg=test_cfg, cache=cache, loop=loop,
-            ignore_index=self.source.ignore_index,
-        )  # fmt: skip
-
-    def get_data_list(self) -> list[Any]:
-        """The samples of the source."""
-        return self.source.data_list
-
-    def get_data_name(self, idx: int) -> str:
-        """The name that the source gives."""
-        return self.source.get_data_name(idx)
 
     def weak_classes(self) -> list[str]:
         """Names of the classes 1..K of the weak labels."""
@@ -130,19 +112,13 @@ class PointPixelDataset(DefaultDataset):
         position = idx % len(self.data_list)
         data = self.source.load(position)
         found = self.source.cameras(position)
-        chosen = self._chosen([camera.name for camera in found])
+        chosen = self.chosen([camera.name for camera in found])
         cameras, images = [found[i] for i in chosen], self.source.images(position)
         images = [images[i] for i in chosen]
         for camera, image in zip(cameras, images, strict=True):
-            if image.shape != (camera.height, camera.width, 3):
-                raise InputError(
-                    f"sample {data['name']}: the image of {camera.name} is of shape {image.shape}, its camera has "
-                    f"{camera.width} x {camera.height} pixels; copy the image again"
-                )
+            self.check_image(data["name"], camera, image)
         points, pixels = pixel_pairs(data["coord"], cameras)
-        data["point_id"] = np.arange(len(data["coord"]), dtype=np.int64)
-        listed = data.get("index_valid_keys", INDEX_VALID_KEYS)
-        data["index_valid_keys"] = list(dict.fromkeys([*listed, "point_id"]))
+        self.number(data)
         data.update(images=images, pair_point=points, pair_pixel=pixels)
         maps = None
         if self.labels == "weak" or self.with_maps:
@@ -156,14 +132,6 @@ class PointPixelDataset(DefaultDataset):
             segments = self.source.superpixels(position, folder)
             data["superpixels"] = [segments[i] for i in chosen]
         return data
-
-    def _chosen(self, names: list[str]) -> list[int]:
-        if self.camera_names is None:
-            return list(range(len(names)))
-        unknown = [name for name in self.camera_names if name not in names]
-        if unknown:
-            raise InputError(f"cameras: no {', '.join(unknown)}; there are {', '.join(names)}")
-        return [names.index(name) for name in self.camera_names]
 
     def _labels(self, data: Mapping[str, Any], maps: list[NDArray] | None) -> NDArray:
         points, pixels = data["pair_point"], data["pair_pixel"]

@@ -60,6 +60,19 @@ class Term(nn.Module):
         return {}
 
 
+def log_watched(trainer: Any, terms: Any) -> None:
+    """Log what terms by name watch, see `Term.watched`, and hand it to the trainer's writer."""
+    for name, term in terms.items():
+        seen = {key: float(value) for key, value in term.watched().items()}
+        if not seen:
+            continue
+        text = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
+        trainer.logger.info(f"Term {name}: {text}")
+        if trainer.writer is not None:
+            for key, value in seen.items():
+                trainer.writer.add_scalar(f"{name}/{key}", value, trainer.epoch + 1)
+
+
 def _with_logits(network: nn.Module, taps: Mapping[str, str] | None) -> dict[str, str]:
     """Tap paths with `logits` added: the segmentation head, or the whole backbone where that ends in class scores."""
     paths = dict(taps or {})
@@ -301,16 +314,7 @@ class Distiller(nn.Module, HookBase):
 
     def after_epoch(self) -> None:
         """Log what the terms watch, as of the epoch's last step."""
-        for name, term in self.terms.items():
-            assert isinstance(term, Term)
-            seen = {key: float(value) for key, value in term.watched().items()}
-            if not seen:
-                continue
-            text = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
-            self.trainer.logger.info(f"Term {name}: {text}")
-            if self.trainer.writer is not None:
-                for key, value in seen.items():
-                    self.trainer.writer.add_scalar(f"{name}/{key}", value, self.trainer.epoch + 1)
+        log_watched(self.trainer, self.terms)
 
     # -- running -------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from pointcept_kd.host.joint import joint_batch, joint_sum
 from pointcept_kd.host.point import offset2batch
 from pointcept_kd.host.runtime import to_device
 
+from .base import log_watched
 from .contrast import full
 from .pair_terms import Pairs, PairTerm, build_terms
 
@@ -102,15 +103,7 @@ class ImageToLidar(nn.Module, HookBase):
 
     def after_epoch(self) -> None:
         """Log what the terms watch and what was left out."""
-        for name, term in self._terms().items():
-            seen = {key: float(value) for key, value in term.watched().items()}
-            if not seen:
-                continue
-            text = ", ".join(f"{key} {value:.4g}" for key, value in seen.items())
-            self.trainer.logger.info(f"Term {name}: {text}")
-            if self.trainer.writer is not None:
-                for key, value in seen.items():
-                    self.trainer.writer.add_scalar(f"{name}/{key}", value, self.trainer.epoch + 1)
+        log_watched(self.trainer, self._terms())
         left_out = [f"{int(n)} {what}" for n, what in zip(self._counters(), _LEFT_OUT) if int(n)]
         if left_out:
             self.trainer.logger.info(f"Left out so far: {', '.join(left_out)}")
