@@ -1,115 +1,29 @@
-"""SemanticKITTI scans with what the left colour camera sees, 5 cm voxels, images of 192 x 640.
+"""SemanticKITTI scans with what the left colour camera sees, images of 192 x 640; merged: four past scans.
 
 Needs `image_2` of KITTI odometry beside the scans. Points behind and beside the car take imputed image features.
-
-`views_train` is the student's pipeline, `two_views_train` adds the teacher's view of the same scan: past scans too, an
-augmentation of its own, matched point by point. Augmentation never touches where images show a point.
 """
 
+_base_ = ["semantic_kitti.py", "views.py"]
+
 # Two underscores keep a name out of the config.
-__cells = dict(type="kd.VoxelSample", voxel_size=0.05, coordinates="cartesian")
-__size = (192, 640)
-__rows = dict(type="kd.ViewsToRows", image_size=__size)
-__turn = dict(type="RandomRotate", angle=[-1, 1], axis="z", center=[0, 0, 0], p=1)
-__scale = dict(type="RandomScale", scale=[0.95, 1.05])
-__keys = ("coord", "grid_coord", "segment", "images", "view_point", "view_image", "view_uv")
-__offsets = dict(offset="coord", view_offset="view_point", image_offset="images")
-views_train = [
-    __turn,
-    __scale,
-    __cells,
-    __rows,
-    dict(type="ToTensor"),
-    dict(
-        type="Collect",
-        keys=__keys,
-        feat_keys=("coord", "strength"),
-        offset_keys_dict=__offsets,
-    ),
-]
-two_views_train = [
-    dict(
-        type="kd.TwoViews",
-        student=[__turn, __scale],
-        teacher=[__turn, __scale, dict(type="RandomFlip", p=0.5)],
-        student_voxel=__cells,
-    ),
-    __rows,
-    dict(type="ToTensor"),
-    dict(
-        type="Collect",
-        keys=(*__keys, "match", "teacher_coord", "teacher_grid_coord"),
-        feat_keys=("coord", "strength"),
-        teacher_feat_keys=("teacher_coord", "teacher_strength"),
-        offset_keys_dict=dict(teacher_offset="teacher_coord", **__offsets),
-    ),
-]
-views_evaluate = [
-    dict(type="Copy", keys_dict=dict(segment="origin_segment")),
-    dict(return_inverse=True, **__cells),
-    __rows,
-    dict(type="ToTensor"),
-    dict(
-        type="Collect",
-        keys=(*__keys, "origin_segment", "inverse", "name"),
-        feat_keys=("coord", "strength"),
-        offset_keys_dict=__offsets,
-    ),
-]
-# LiDAR alone, merged with past scans: how the teacher is trained.
-sweeps_train = [
-    __turn,
-    __scale,
-    dict(type="RandomFlip", p=0.5),
-    __cells,
-    dict(type="ToTensor"),
-    dict(type="Collect", keys=("coord", "grid_coord", "segment"), feat_keys=("coord", "strength")),
-]
-sweeps_evaluate = [
-    dict(type="Copy", keys_dict=dict(segment="origin_segment")),
-    dict(return_inverse=True, **__cells),
-    dict(type="ToTensor"),
-    dict(
-        type="Collect",
-        keys=("coord", "grid_coord", "segment", "origin_segment", "inverse", "name"),
-        feat_keys=("coord", "strength"),
-    ),
-]
 __scans = dict(type="kd.SemanticKITTIDataset", data_root="data/semantic_kitti", ignore_index=-1)
-__merged = dict(sweeps=5, sweep_labels="reference")
-__views = dict(type="kd.CameraViewDataset", image_size=__size)
+__merged = dict(sweeps=5, sweep_labels="reference", **__scans)
+__views = dict(_delete_=True, type="kd.CameraViewDataset", image_size=(192, 640))
+__val = dict(source=dict(split="val", **__scans), keep=None, **__views)
 sweeps_data = dict(
-    train=dict(split="train", transform=sweeps_train, **__merged, **__scans),
-    val=dict(split="val", transform=sweeps_evaluate, **__merged, **__scans),
-    test=dict(split="val", transform=sweeps_evaluate, **__merged, **__scans),
+    train=dict(split="train", transform={{_base_.sweeps_train}}, **__merged),
+    val=dict(split="val", transform={{_base_.sweeps_evaluate}}, **__merged),
+    test=dict(split="val", transform={{_base_.sweeps_evaluate}}, **__merged),
 )
-two_views_source = dict(split="train", **__merged, **__scans)
+two_views_source = dict(split="train", **__merged)
 
 data = dict(
-    num_classes=19,
-    ignore_index=-1,
-    names=[
-        "car",
-        "bicycle",
-        "motorcycle",
-        "truck",
-        "other-vehicle",
-        "person",
-        "bicyclist",
-        "motorcyclist",
-        "road",
-        "parking",
-        "sidewalk",
-        "other-ground",
-        "building",
-        "fence",
-        "vegetation",
-        "trunk",
-        "terrain",
-        "pole",
-        "traffic-sign",
-    ],
-    train=dict(source=dict(split="train", **__scans), keep=None, transform=views_train, **__views),
-    val=dict(source=dict(split="val", **__scans), keep=None, transform=views_evaluate, **__views),
-    test=dict(source=dict(split="val", **__scans), keep=None, transform=views_evaluate, **__views),
+    train=dict(
+        source=dict(split="train", **__scans),
+        keep=None,
+        transform={{_base_.views_train}},
+        **__views,
+    ),
+    val=dict(transform={{_base_.views_evaluate}}, **__val),
+    test=dict(transform={{_base_.views_evaluate}}, **__val),
 )

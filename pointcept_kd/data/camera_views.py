@@ -214,7 +214,7 @@ class CameraViewDataset(CameraSource):
                 data[key] = data[key][rows]
             data["view_image"] = place[data["view_image"]]
             data["camera_names"] = [names[i] for i in kept]
-        data["images"] = self._images(position, data)
+        data["images"], data["image_size"] = self._images(position, data), self.image_size
         return data
 
     def _images(self, position: int, data: Mapping[str, Any]) -> list[NDArray]:
@@ -261,24 +261,26 @@ class ViewsToRows:
     `kd.Collect(offset_keys_dict=dict(offset="coord", view_offset="view_point", image_offset="images"))` counts both.
 
     Args:
-        image_size: height and width of the images, pixels, where a sample has none.
+        image_size: height and width of the images, pixels; None: what the data set says, also for a sample without.
 
     Raises:
         InputError: for images of different sizes, and samples that `CameraViewDataset` did not make.
     """
 
-    def __init__(self, image_size: Sequence[int] = (360, 640)) -> None:
+    def __init__(self, image_size: Sequence[int] | None = None) -> None:
         need(
-            len(image_size) == 2 and all(isinstance(s, int) and s > 0 for s in image_size),
+            image_size is None
+            or (len(image_size) == 2 and all(isinstance(s, int) and s > 0 for s in image_size)),
             f"ViewsToRows: image_size is height and width in pixels, got {image_size!r}",
         )
-        self.image_size = tuple(image_size)
+        self.image_size = None if image_size is None else tuple(image_size)
 
     def __call__(self, data: Data) -> Data:
         images = lookup(data, "images", "ViewsToRows")
         need(isinstance(images, list), "ViewsToRows: images is a list of arrays (h, w, 3)")
         ids, points = (lookup(data, key, "ViewsToRows") for key in ("point_id", "view_point"))
-        sizes = sorted({image.shape[:2] for image in images} | {self.image_size})
+        size = self.image_size or tuple(lookup(data, "image_size", "ViewsToRows"))
+        sizes = sorted({image.shape[:2] for image in images} | {size})
         if len(sizes) != 1:
             raise InputError(
                 f"ViewsToRows: sample {data.get('name', '?')} has images of other sizes than image_size, {sizes}; "
@@ -290,7 +292,7 @@ class ViewsToRows:
         kept = kept[np.lexsort((rows[kept], data["view_image"][kept]))]
         data["view_point"] = rows[kept]
         data["view_image"], data["view_uv"] = data["view_image"][kept], data["view_uv"][kept]
-        stacked = np.empty((len(images), 3, *self.image_size), np.float32)
+        stacked = np.empty((len(images), 3, *size), np.float32)
         for number, image in enumerate(images):
             stacked[number] = image.transpose(2, 0, 1)
         stacked /= 255

@@ -217,12 +217,13 @@ def test_dropped_cameras(tmp_path):
     assert len({tuple(test.load(1)["camera_names"]) for _ in range(5)}) == 1
 
 
-def test_no_camera(tmp_path):
+@pytest.mark.parametrize("told", ["data set", "transform"])
+def test_no_camera(tmp_path, told):
     source = Scene(tmp_path)
     source.images = source.cameras = None
-    sample = CameraViewDataset(
-        source, keep=0, transform=[{"type": "kd.ViewsToRows", "image_size": SIZE}]
-    )[0]
+    rows = {"type": "kd.ViewsToRows", **({"image_size": SIZE} if told == "transform" else {})}
+    size = {"image_size": SIZE} if told == "data set" else {}
+    sample = CameraViewDataset(source, keep=0, transform=[rows], **size)[0]
     assert sample["images"].shape == (0, 3, *SIZE)
     assert sample["images"].dtype == np.float32
     assert sample["view_point"].shape == (0,)
