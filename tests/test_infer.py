@@ -16,6 +16,7 @@ from pointcept_kd.data.ply import parse_ply
 from pointcept_kd.host import MODELS, InputError
 from pointcept_kd.host.checkpoint import load_checkpoint
 from pointcept_kd.host.config import Config
+from pointcept_kd.host.loader import Compose, collate_fn
 from tools import infer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,3 +401,27 @@ def test_from_another_folder(student, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(np.load(tmp_path / "exp" / "infer" / "scan.npy")) == 2000
+
+
+def test_a_lidar_camera_network_without_images(tmp_path, monkeypatch, capsys):
+    """A student of two senses labels a bare scan as it labels one that no camera sees."""
+    cfg = Config.fromfile(ROOT / "configs/kd/sphereformer_to_fusion_tiny.py")
+    torch.manual_seed(0)
+    network = MODELS.build(cfg.model.student.model).eval()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "student.pth")
+    rows = cloud()
+    np.save(tmp_path / "scan.npy", rows)
+    monkeypatch.chdir(tmp_path)
+    words = ["scan.npy", "--weight", "student.pth", "--out", "out", "--no-ply", "--no-png"]
+    config = str(ROOT / "configs/kd/sphereformer_to_fusion_tiny.py")
+    assert infer.main([*words, "--config-file", config]) == 0, capsys.readouterr().err
+    sample = dict(coord=rows[:, :3], strength=rows[:, 3:], segment=np.zeros(len(rows), np.int32))
+    steps = [s for s in cfg.data.val.transform if s.type not in ("Copy", "kd.ViewsToRows")]
+    keys = ("coord", "grid_coord", "inverse")
+    collect = dict(type="Collect", keys=keys, feat_keys=("coord", "strength"))
+    batch = collate_fn([Compose([*steps[:-1], collect])(sample)])
+    with torch.no_grad():
+        labels = network(batch)["seg_logits"].argmax(1)[batch["inverse"]]
+    got = np.load("out/scan.npy")
+    assert len(set(got.tolist())) > 1
+    np.testing.assert_array_equal(got, labels.numpy())

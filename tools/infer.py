@@ -14,7 +14,8 @@ sensor: x forward, y left, z up. Writes below OUT:
     NAME.png    the picture from above, forward is up
 
 Without --config-file and --weight the student of the demo is taken; with one of them, what stands beside it. No data
-set is needed: the transforms of the config's data.val are used, without labels. Of a distiller the student alone runs.
+set is needed: the transforms of the config's data.val are used, without labels. Of a distiller the student alone runs,
+and a LiDAR-camera network as without any camera; `tools/test.py` labels scans of a data set with their images.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 import pointcept_kd  # noqa: F401  fills the registries
 from pointcept_kd.data import semantic_kitti
+from pointcept_kd.data.camera_views import ViewsToRows
 from pointcept_kd.data.clouds import SUFFIXES, read_points, write_ply
 from pointcept_kd.data.pictures import IGNORED, birdseye_png
 from pointcept_kd.data.transforms import INDEX_VALID_KEYS
@@ -249,6 +251,9 @@ class Labeller:
             "index_valid_keys": [*INDEX_VALID_KEYS, PER_POINT],
             PER_POINT: np.arange(count),
         }
+        if any(isinstance(step, ViewsToRows) for step in self.pipeline.transforms):
+            sample.update(no_views(count))
+            sample["index_valid_keys"].append("point_id")
         rows, inverse = sample[PER_POINT], None
         for step in self.pipeline.transforms:
             try:
@@ -277,6 +282,18 @@ class Labeller:
         if len(self.names) != count:
             self.names = [f"class {i}" for i in range(count)]
             self.colors = class_colors(None, count)
+
+
+def no_views(count: int) -> dict[str, Any]:
+    """What `kd.CameraViewDataset` adds to a scan of `count` points that no camera sees."""
+    return {
+        "point_id": np.arange(count),
+        "images": [],
+        "image_size": (1, 1),  # of none
+        "view_point": np.empty(0, np.int64),
+        "view_image": np.empty(0, np.int64),
+        "view_uv": np.empty((0, 2), np.float32),
+    }
 
 
 def steps_of(data: Mapping[str, Any], filename: str) -> list[dict[str, Any]]:

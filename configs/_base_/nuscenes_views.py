@@ -4,7 +4,7 @@ _base_ = ["nuscenes.py", "views.py"]
 
 # Two underscores keep a name out of the config.
 __scans = dict(type="kd.NuScenesDataset", data_root="data/nuscenes", sweeps=10, ignore_index=-1)
-__merged = dict(aggregate_sweeps=4, **__scans)
+__merged = dict(aggregate_sweeps=4, remove_close=1.0, **__scans)
 __views = dict(_delete_=True, type="kd.CameraViewDataset", image_size=(360, 640))
 __val = dict(source=dict(split="val", **__scans), keep=None, **__views)
 sweeps_data = dict(

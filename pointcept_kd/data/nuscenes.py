@@ -13,6 +13,7 @@ Caesar et al., "nuScenes", CVPR 2020; Fong et al., "Panoptic nuScenes", RA-L 202
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         aggregate_sweeps: how many scans before the key frame are merged into it, as far as the info file knows them;
             their points have no labels. A sample then also has `sweep` (n,), 0 for the key frame, whose points come
             first, and `time` (n, 1), seconds before the key frame.
+        remove_close: metres; points of the merged scans with |x| and |y| below it, in their own frame, are the car
+            that carries the sensor, and left out. Those of the key frame stay: they have labels.
         nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
         scenes: a file of the scenes to read, `scene-0001` a line (see `fractions`); all others are passed over, and so
             are names without a key frame in the info files, with a warning.
@@ -82,6 +85,7 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         loop: int = 1,
         sweeps: int = 10,
         aggregate_sweeps: int = 0,
+        remove_close: float = 0.0,
         nonfinite: str = "error",
         scenes: str | None = None,
     ) -> None:
@@ -94,7 +98,10 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
                 f"aggregate_sweeps={aggregate_sweeps}: info files of {sweeps} sweeps know "
                 f"{sweeps - 1} scans before a key frame; ask for fewer, or prepare more sweeps"
             )
+        if isinstance(remove_close, bool) or not 0 <= remove_close < math.inf:
+            raise InputError(f"remove_close={remove_close!r}: expected metres, 0 or more")
         self.sweeps = sweeps
+        self.remove_close = remove_close
         self.aggregate_sweeps = aggregate_sweeps
         self.nonfinite = nonfinite
         self.scenes = scenes
@@ -170,6 +177,7 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         for sweep in self._past(idx):
             path = find_file(self.raw, sweep["lidar_path"])
             scan = read_scan(path)
+            scan = scan[~(np.abs(scan[:, :2]) < self.remove_close).all(1)]
             part = self._cleaned(path, scan, np.full(len(scan), self.ignore_index, np.int32))
             parts.append({**part, "time": float(sweep["time_lag"])})
             moves.append(np.asarray(sweep["transform_matrix"], np.float64))

@@ -684,9 +684,11 @@ ADDED = {
     ("MODELS", "PT-v3m1"): {"legacy_cpe", "shuffle_orders_in_eval", "cls_mode"},
     ("MODELS", "SpUNet-v1m1"): {"cls_mode"},
     ("LOSSES", "SmoothCELoss"): {"loss_weight", "ignore_index"},
-    ("DATASETS", "NuScenesDataset"): {"aggregate_sweeps", "nonfinite"},
+    ("DATASETS", "NuScenesDataset"): {
+        "aggregate_sweeps", "nonfinite", "remove_close", "scenes",
+    },
     ("DATASETS", "SemanticKITTIDataset"): {
-        "sequences", "unlabelled", "label_fraction", "nonfinite", "sweeps", "sweep_labels",
+        "sequences", "unlabelled", "label_fraction", "nonfinite", "sweeps", "sweep_labels", "scans",
     },
     ("DATASETS", "WaymoDataset"): {"labelled_only", "nonfinite"},
     ("HOOKS", "CheckpointLoader"): {"min_match"},

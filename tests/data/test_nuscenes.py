@@ -170,6 +170,23 @@ def test_merged_scans(world):
     assert data["name"] == alone["name"]
 
 
+def test_merged_scans_without_the_car(world):
+    root, _, scans = world
+    every = dataset(root, aggregate_sweeps=2).get_data(1)
+    parts = [dataset(root, aggregate_sweeps=2, remove_close=r).get_data(1) for r in (0.0, 4.0)]
+    np.testing.assert_array_equal(parts[0]["coord"], every["coord"])
+    info = dataset(root).info(1)
+    own = scans[info["lidar_path"]]
+    assert ((np.abs(own[:, :2]) < 4).all(1)).any(), "the key frame keeps such points"
+    kept = [np.ones(len(own), bool)]
+    for sweep in info["sweeps"][:2]:
+        kept.append([not (abs(x) < 4 and abs(y) < 4) for x, y, *_ in scans[sweep["lidar_path"]]])
+    kept = np.concatenate(kept)
+    assert 0 < (~kept).sum() < len(kept) - len(own)
+    for key in ("coord", "strength", "segment", "sweep", "time"):
+        np.testing.assert_array_equal(parts[1][key], every[key][kept])
+
+
 def test_no_scan_is_merged_twice(world):
     root, _, scans = world
     data = dataset(root, aggregate_sweeps=4)
@@ -355,6 +372,8 @@ def test_values_that_are_not_finite(copy):
         (dict(sweeps=0), "sweeps=0: expected a whole number, 1 or more"),
         (dict(sweeps=True), "sweeps=True"),
         (dict(aggregate_sweeps=-1), "aggregate_sweeps=-1"),
+        (dict(remove_close=-1.0), "remove_close=-1.0: expected metres, 0 or more"),
+        (dict(remove_close=True), "remove_close=True: expected metres"),
         (dict(nonfinite="keep"), "nonfinite='keep'"),
         (dict(data_root="nowhere/at/all"), "nowhere/at/all is no folder"),
     ],

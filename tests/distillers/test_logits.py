@@ -31,6 +31,14 @@ def test_hand_values(tau, value):
     assert logit_kl(student, teacher, temperature=tau).item() == pytest.approx(value, rel=1e-6)
 
 
+def test_worked_rows_of_three_classes():
+    student = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0]])
+    teacher = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 3.0]])
+    rows = [logit_kl(student[i : i + 1], teacher[i : i + 1]).item() for i in range(2)]
+    assert rows == pytest.approx([0.4205124, 1.1395723], abs=1e-6)
+    assert logit_kl(student, teacher).item() == pytest.approx(0.7800423, abs=1e-6)
+
+
 def test_mean_is_over_points_not_classes():
     teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
     student = torch.tensor([[0.0, 0.0], [1.0, 0.0]])

@@ -108,6 +108,17 @@ def test_lovasz_by_hand():
     assert loss.item() == pytest.approx(0.375)
 
 
+def test_cross_entropy_with_lovasz_on_worked_rows():
+    """Four points of three classes, the last one without a label: its scores do not matter."""
+    logits = torch.tensor([[0.0, 2, 0], [0, 0, 1], [0, 1, 1], [5, 0, 0]])
+    labels = torch.tensor([1, 2, 2, 0])
+    both = CrossEntropyLoss(ignore_index=0), LovaszLoss("multiclass", ignore_index=0)
+    first = [loss(logits, labels).item() for loss in both]
+    assert first == pytest.approx([0.5509948, 0.4092243], abs=1e-6)
+    logits[3] = torch.tensor([-7.0, 3, 1])
+    assert [loss(logits, labels).item() for loss in both] == first
+
+
 def test_lovasz_hinge_by_hand():
     # Margins 1 - 0.5 = 0.5 (foreground) and 1 + 1 = 2 (background); steps of the order (2, 0.5):
     # after the background 1 - 1/2, after both 1.
