@@ -298,12 +298,15 @@ def _u2mkd_options(parser: argparse.ArgumentParser) -> None:
         default="teacher",
         help="which to take of a file that holds both; of a student its LiDAR branch (default teacher)",
     )
+    parser.add_argument(
+        "--keep-noise", action="store_true", help="keep class 0, which no training point had"
+    )
 
 
 def _u2mkd(args: argparse.Namespace) -> Converted:
     state_dict = load_checkpoint(args.file)["state_dict"]
     with naming(args.file):
-        weights, report = convert_point_voxel_unet(state_dict, args.tower)
+        weights, report = convert_point_voxel_unet(state_dict, args.tower, args.keep_noise)
     return _backbone("kd.PointVoxelUNet", weights, report)
 
 

@@ -30,10 +30,16 @@ from .pair_transforms import rows_of_ids
 
 MIN_DEPTH = 1.0  # metres
 VIEWS = ("view_point", "view_image", "view_uv")
+CAMERAS = ("cameras", "dropped_cameras")
 
 
 def hidden_points(
-    pixels: NDArray, depth: NDArray, stride: int = 8, metres: float = 1.0, share: float = 0.05
+    pixels: NDArray,
+    depth: NDArray,
+    stride: int = 8,
+    metres: float = 1.0,
+    share: float = 0.05,
+    before: tuple[NDArray, NDArray] | None = None,
 ) -> NDArray:
     """Which points lie behind others in an image.
 
@@ -43,13 +49,15 @@ def hidden_points(
     Args:
         pixels: (m, 2) u, v, not negative.
         depth: (m,) metres.
+        before: pixels (k, 2) and depth (k,) of the points that may hide them; None: they themselves.
     Returns: (m,) bool.
     """
-    cells = np.floor(pixels / stride).astype(np.int64)
-    width = int(cells[:, 0].max(initial=0)) + 1
-    cell = cells[:, 1] * width + cells[:, 0]
-    nearest = np.full(int(cell.max(initial=-1)) + 1, np.inf)
-    np.minimum.at(nearest, cell, depth)
+    near_pixels, near_depth = (pixels, depth) if before is None else before
+    cells, others = (np.floor(p / stride).astype(np.int64) for p in (pixels, near_pixels))
+    width = int(max(cells[:, 0].max(initial=0), others[:, 0].max(initial=0))) + 1
+    cell, other = (place[:, 1] * width + place[:, 0] for place in (cells, others))
+    nearest = np.full(int(max(cell.max(initial=-1), other.max(initial=-1))) + 1, np.inf)
+    np.minimum.at(nearest, other, near_depth)
     nearest = nearest[cell]
     return depth - nearest > np.maximum(metres, share * nearest)
 
@@ -96,21 +104,31 @@ def aligned_resize(image: NDArray, size: tuple[int, int]) -> NDArray:
     """
     if image.shape[:2] == tuple(size):
         return image
-    steps = [max((n - 1) // (m - 1), 1) if m > 1 else n for n, m in zip(image.shape, size)]
-    values = _averaged(image, *steps)
-    for axis, (old, new, step) in enumerate(zip(image.shape, size, steps)):
-        # Pixel j of the averages stands at j step + (step - 1) / 2.
-        place = (np.arange(new) * ((old - 1) / max(new - 1, 1)) - (step - 1) / 2) / step
-        place = place.clip(0, values.shape[axis] - 1)
-        low = np.floor(place).astype(np.int64)
-        high = np.minimum(low + 1, values.shape[axis] - 1)
-        weight = (place - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (-1, 1))
+    samples = [aligned_samples(*lengths) for lengths in zip(image.shape, size)]
+    values = _averaged(image, samples[0][0], samples[1][0])
+    for axis, (_, low, high, between) in enumerate(samples):
+        weight = between.astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (-1, 1))
         first, second = values.take(low, axis), values.take(high, axis)
         second -= first
         second *= weight
         second += first
         values = second
     return np.rint(values).astype(np.uint8)
+
+
+def aligned_samples(old: int, new: int) -> tuple[int, NDArray, NDArray, NDArray]:
+    """How `aligned_resize` makes `new` pixels of `old` along one axis.
+
+    Returns: step, the number of pixels that are averaged; low and high (new,) int64, the averages between which each
+        new pixel lies; weight (new,) float64 of high, 1 - weight of low.
+    """
+    step = max((old - 1) // (new - 1), 1) if new > 1 else old
+    last = (old - 1) // step
+    # Pixel j of the averages stands at j step + (step - 1) / 2.
+    place = (np.arange(new) * ((old - 1) / max(new - 1, 1)) - (step - 1) / 2) / step
+    place = place.clip(0, last)
+    low = np.floor(place).astype(np.int64)
+    return step, low, np.minimum(low + 1, last), place - low
 
 
 def _averaged(image: NDArray, down: int, across: int) -> NDArray:
@@ -135,7 +153,8 @@ class CameraViewDataset(CameraSource):
     A sample has what the source gives, and
 
     * `point_id` (n,) int64, 0..n-1, which stays with its point through all transforms;
-    * `images`: for each camera in use (h, w, 3) uint8; `camera_names` beside it;
+    * `images`: for each camera in use (h, w, 3) uint8; `camera_names` beside it, and `cameras`, what each of them is at
+      its own size; `dropped_cameras` are those that `keep` left out;
     * `view_point` (m,) int64, values of `point_id`; `view_image` (m,) int64, entries of `images`; `view_uv` (m, 2)
       float32, normalised coordinates; by image, then by point. Of scans that are merged only the first one's points
       (`sweep` 0) are looked at.
@@ -214,20 +233,18 @@ class CameraViewDataset(CameraSource):
                 data[key] = data[key][rows]
             data["view_image"] = place[data["view_image"]]
             data["camera_names"] = [names[i] for i in kept]
-        data["images"], data["image_size"] = self._images(position, data), self.image_size
-        return data
-
-    def _images(self, position: int, data: Mapping[str, Any]) -> list[NDArray]:
-        if not data["camera_names"]:
-            return []
-        cameras = self.source.cameras(position)
-        names = [camera.name for camera in cameras]
-        chosen = [names.index(name) for name in data["camera_names"]]
-        result = []
-        for i, image in zip(chosen, _read(self.source, position, chosen), strict=True):
+        cameras = self.source.cameras(position) if names else []
+        number = {camera.name: i for i, camera in enumerate(cameras)}
+        chosen = [number[name] for name in data["camera_names"]]
+        dropped = [number[name] for name in names if name not in data["camera_names"]]
+        data["cameras"], data["dropped_cameras"] = (
+            [cameras[i] for i in which] for which in (chosen, dropped)
+        )
+        data["images"], data["image_size"] = [], self.image_size
+        for i, image in zip(chosen, read_images(self.source, position, chosen), strict=True):
             self.check_image(data["name"], cameras[i], image)
-            result.append(aligned_resize(image, self.image_size))
-        return result
+            data["images"].append(aligned_resize(image, self.image_size))
+        return data
 
 
 def _occlusion(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -243,8 +260,10 @@ def _occlusion(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return values
 
 
-def _read(source: Any, idx: int, chosen: Sequence[int]) -> list[NDArray]:
+def read_images(source: Any, idx: int, chosen: Sequence[int]) -> list[NDArray]:
     """The images of the chosen cameras. Only one camera's file is read where the reader has one file each."""
+    if not chosen:
+        return []
     if isinstance(source, NuScenesDataset):
         cams = list(source.info(idx)["cams"].values())
         return [read_rgb(find_file(source.raw, cams[i]["data_path"])) for i in chosen]
@@ -257,7 +276,8 @@ class ViewsToRows:
     """Make arrays of images and views that can be joined to batches; the last transform that knows of ids.
 
     `images` becomes (v, 3, h, w) float32 in 0..1, `view_point` (m,) int64 rows of the sample's points, ascending within
-    an image. Rows of points that are gone are dropped: of a voxel, those of the point that stands for it stay.
+    an image. Rows of points that are gone are dropped: of a voxel, those of the point that stands for it stay. The
+    cameras leave the sample.
     `kd.Collect(offset_keys_dict=dict(offset="coord", view_offset="view_point", image_offset="images"))` counts both.
 
     Args:
@@ -297,6 +317,8 @@ class ViewsToRows:
             stacked[number] = image.transpose(2, 0, 1)
         stacked /= 255
         data["images"] = stacked
+        for key in CAMERAS:
+            data.pop(key, None)
         return data
 
 
@@ -356,5 +378,6 @@ class TwoViews:
     def _copy(data: Data) -> Data:
         """The per-point arrays and what is no view of a camera."""
         every = per_point(data, np.arange(len(data["coord"])), "TwoViews")
-        others = {k: v for k, v in data.items() if k not in (*VIEWS, "images", "camera_names")}
+        of_images = (*VIEWS, *CAMERAS, "images", "camera_names")
+        others = {k: v for k, v in data.items() if k not in of_images}
         return {**others, **every, "index_valid_keys": list(data["index_valid_keys"])}

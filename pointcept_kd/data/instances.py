@@ -2,6 +2,7 @@
 
     DATA_ROOT/instances/index.json                what follows, one list per column
                        /CLASS/SCAN_ID.bin         float32 x, y, z, strength, as the reader gives them
+                       /CLASS/SCAN_ID.npz         on demand its picture, see `image_patches.Patch`
 
 An object is what has one class AND one instance id: other classes may use the same number. Its id in the file's name is
 that of the data set: SemanticKITTI's whole label, nuScenes' category * 1000 + instance, Waymo's number, or 1 + the row
@@ -28,6 +29,9 @@ from pointcept_kd.host.checkpoint import write_atomic
 
 from . import nuscenes, semantic_kitti, waymo
 from .boxes import box_of_points
+from .camera_source import CameraSource
+from .camera_views import read_images
+from .image_patches import Patch, Sight, patch_bytes, read_patch
 from .nuscenes_files import find_file
 from .scans import read_points
 from .workers import run
@@ -171,9 +175,13 @@ class Plan:
     splits: tuple[str, ...]
     out: str
     min_points: int
+    patches: bool = False
 
 
-Row = tuple[int, str, int, int, float, float]  # class, scan, id, points, range, azimuth
+Seen = tuple[tuple[str, int], ...]  # camera, number of points it sees
+# Class, scan, id, points, range, azimuth; by camera what it sees, the number of the one that sees most (-1: none does),
+# and whether there is a picture.
+Row = tuple[int, str, int, int, float, float, Seen, int, bool]
 
 
 def _cut(job: tuple[Plan, list[int]]) -> list[Row]:
@@ -185,7 +193,8 @@ def _cut(job: tuple[Plan, list[int]]) -> list[Row]:
 def cut_scan(reader: Any, idx: int, plan: Plan) -> Iterator[Row]:
     """Write the objects of one scan; files that are there with the same content are left alone.
 
-    Yields: class, scan, id, number of points, range (m) and azimuth (rad) of the mean of its x and y.
+    Yields: class, scan, id, number of points, range (m) and azimuth (rad) of the mean of its x and y, and what cameras
+        see of it.
 
     Raises:
         InputError: for files that cannot be used or written.
@@ -200,6 +209,7 @@ def cut_scan(reader: Any, idx: int, plan: Plan) -> Iterator[Row]:
     order = rows[np.lexsort((rows, ids[rows], segment[rows]))]
     change = (np.diff(ids[order]) != 0) | (np.diff(segment[order]) != 0)
     values = np.hstack([data["coord"], data["strength"][:, :1]]).astype("<f4")
+    album = _Album(reader, idx, data["coord"]) if plan.patches else None
     for members in np.split(order, np.flatnonzero(change) + 1):
         if len(members) < max(plan.min_points, 1):
             continue
@@ -209,7 +219,37 @@ def cut_scan(reader: Any, idx: int, plan: Plan) -> Iterator[Row]:
         _write(path, content)
         x, y = values[members, :2].astype(np.float64).mean(0)
         far, turn = round(float(np.hypot(x, y)), 4), round(float(np.arctan2(y, x)), 6)
-        yield thing, name, number, len(members), far, turn
+        seen, best, patch = ((), -1, None) if album is None else album.of(members)
+        if patch is not None:
+            _write(path.with_suffix(".npz"), patch_bytes(patch))
+        yield thing, name, number, len(members), far, turn, seen, best, patch is not None
+
+
+class _Album:
+    """The images of one scan, read when an object needs them."""
+
+    def __init__(self, reader: Any, idx: int, coord: NDArray) -> None:
+        self.reader, self.idx = reader, idx
+        self.sights = [Sight(coord, camera) for camera in reader.cameras(idx)]
+        self._images: dict[int, NDArray] = {}
+
+    def of(self, members: NDArray) -> tuple[Seen, int, Patch | None]:
+        """What each camera sees of an object, which sees most (the first of them; -1: none), and its picture."""
+        counts = [int(sight.seen[members].sum()) for sight in self.sights]
+        seen = tuple((s.camera.name, c) for s, c in zip(self.sights, counts, strict=True))
+        if not any(counts):
+            return seen, -1, None
+        best = int(np.argmax(counts))
+        sight = self.sights[best]
+        return seen, best, sight.cut(members, self._image(best)) if sight.shows(members) else None
+
+    def _image(self, number: int) -> NDArray:
+        if number not in self._images:
+            (image,) = read_images(self.reader, self.idx, [number])
+            name = self.reader.get_data_name(self.idx)
+            CameraSource.check_image(name, self.sights[number].camera, image)
+            self._images[number] = image
+        return self._images[number]
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -240,6 +280,7 @@ def build(
     min_points: int | None = None,
     workers: int | None = None,
     progress: bool = True,
+    patches: bool = False,
 ) -> dict[str, int]:
     """Cut the objects out of all scans of training splits and write their index, which a second run leaves as it is.
 
@@ -250,11 +291,15 @@ def build(
         out: folder of the database; None: `instances` below data_root.
         min_points: of an object; None: the layout's.
         workers: processes; None: one per core.
+        patches: also say what the cameras see of each object, and cut out its picture (for `PasteInstances` with
+            image="patch") where the camera that sees most of it sees 90 % of its points and at most 10 % of them are
+            behind other points.
 
     Returns: number of objects by class name.
 
     Raises:
-        InputError: for splits that are not training, scans without instance ids, files that cannot be used.
+        InputError: for splits that are not training, scans without instance ids, files that cannot be used, and for
+            patches of scans without cameras.
     """
     name = layout_of(data_root) if layout == "auto" else layout
     if name not in LAYOUTS:
@@ -265,9 +310,14 @@ def build(
         raise InputError(f"--min-points: {least}; use 1 or more")
     target = Path(data_root) / FOLDER if out is None else Path(out)
     _reader.cache_clear()  # files may have come since
-    total = len(training_reader(name, data_root, splits).data_list)
+    reader = training_reader(name, data_root, splits)
+    total = len(reader.data_list)
+    if patches and not (hasattr(reader, "cameras") and hasattr(reader, "images")):
+        raise InputError(
+            f"--image-patches: {type(reader).__name__} reads no images; leave it out, or use SemanticKITTI or nuScenes"
+        )
     chosen = tuple(splits) if splits else kind.splits[:1]
-    plan = Plan(name, os.fspath(data_root), chosen, os.fspath(target), least)
+    plan = Plan(name, os.fspath(data_root), chosen, os.fspath(target), least, patches)
     jobs = [(plan, list(range(i, min(i + _CHUNK, total)))) for i in range(0, total, _CHUNK)]
     rows: list[Row] = []
     with tqdm(total=total, unit="scan", desc="instances", disable=not progress) as bar:
@@ -282,8 +332,8 @@ def build(
 def _write_index(target: Path, plan: Plan, rows: list[Row]) -> None:
     scans = sorted({row[1] for row in rows})
     place = {scan: number for number, scan in enumerate(scans)}
-    classes, names, ids, points, ranges, turns = (
-        [list(c) for c in zip(*rows, strict=True)] if rows else [[]] * 6
+    classes, names, ids, points, ranges, turns, seen, best, pictures = (
+        [list(c) for c in zip(*rows, strict=True)] if rows else [[]] * 9
     )
     note = {
         "layout": plan.layout,
@@ -299,6 +349,15 @@ def _write_index(target: Path, plan: Plan, rows: list[Row]) -> None:
         "range": ranges,
         "azimuth": turns,
     }
+    if plan.patches:
+        cameras = sorted({name for counts in seen for name, _ in counts})
+        number = {name: i for i, name in enumerate(cameras)}
+        note["cameras"] = cameras
+        note["visible"] = [[dict(counts).get(name, 0) for name in cameras] for counts in seen]
+        note["camera"] = [
+            -1 if i < 0 else number[counts[i][0]] for i, counts in zip(best, seen, strict=True)
+        ]
+        note["patch"] = [int(there) for there in pictures]
     content = (json.dumps(note, separators=(",", ":")) + "\n").encode()
     target.mkdir(parents=True, exist_ok=True)
     write_atomic(target / INDEX, lambda file: file.write(content))
@@ -311,6 +370,10 @@ class InstanceDatabase:
         layout, names: of the data set and its train ids.
         classes, points: (m,) int64, train id and number of points of each object.
         ranges, azimuths: (m,) float64, metres and radians.
+        cameras: names of cameras; empty where the database was made without patches, as are the next three.
+        visible: (m, cameras) int64, number of points that each camera sees.
+        camera: (m,) int64, which of them sees most; -1: none does.
+        patches: (m,) bool, objects with a picture; None for a database without patches.
 
     Raises:
         InputError: for a folder without a usable index.
@@ -338,10 +401,28 @@ class InstanceDatabase:
             for values, limit in ((self.classes, self.names), (self._scan, self._scans)):
                 if len(values) and not 0 <= values.min() <= values.max() < len(limit):
                     raise ValueError("a number without a name")
+            self._read_patches(note)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: no index of objects ({error!r}); make it again with tools/prepare_data.py instances"
             ) from error
+
+    def _read_patches(self, note: Mapping[str, Any]) -> None:
+        self.cameras: tuple[str, ...] = ()
+        self.patches: NDArray | None = None
+        self.visible, self.camera = np.empty((0, 0), np.int64), np.empty(0, np.int64)
+        if "patch" not in note:
+            return
+        self.cameras = tuple(_texts(note["cameras"]))
+        shape = len(self._ids), len(self.cameras)
+        self.visible = np.asarray(note["visible"], np.int64).reshape(shape)
+        self.camera = np.asarray(note["camera"], np.int64)
+        self.patches = np.asarray(note["patch"], np.int64) > 0
+        if {self.camera.shape, self.patches.shape} != {shape[:1]}:
+            raise ValueError("columns of different length")
+        least = np.where(self.patches, 0, -1)
+        if ((self.camera < least) | (self.camera >= len(self.cameras))).any():
+            raise ValueError("a camera without a name")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -365,6 +446,17 @@ class InstanceDatabase:
                 "the database again"
             )
         return points
+
+    def patch(self, row: int) -> Patch:
+        """The picture of an object that has one.
+
+        Raises:
+            InputError: for a file that is missing or not as the index has it, and an object without a picture.
+        """
+        path = self.path(row).with_suffix(".npz")
+        if self.patches is None or not self.patches[row]:
+            raise InputError(f"{path}: this object has no picture; ask for those of `patches`")
+        return read_patch(path, self.cameras[self.camera[row]], int(self.points[row]))
 
 
 def _texts(values: Any) -> list[str]:

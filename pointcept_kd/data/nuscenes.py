@@ -38,7 +38,15 @@ from .nuscenes_files import (
     read_labels,
     read_scan,
 )
-from .scans import NONFINITE, WarnOnce, finite_rows, in_file, nonfinite_problems, require_choice
+from .scans import (
+    NONFINITE,
+    WarnOnce,
+    finite_rows,
+    in_file,
+    keep_some_labels,
+    nonfinite_problems,
+    require_choice,
+)
 from .sweeps import aggregate
 
 __all__ = ["CLASS_NAMES", "COLORS", "LEARNING_MAP", "NuScenesDataset", "problems"]
@@ -63,6 +71,7 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         remove_close: metres; points of the merged scans with |x| and |y| below it, in their own frame, are the car
             that carries the sensor, and left out. Those of the key frame stay: they have labels.
         nonfinite: what to do with NaN or infinite values: `error`, or `drop` those points.
+        label_fraction: share of a key frame's points whose labels are kept, 0 to 1; the same points in every run.
         scenes: a file of the scenes to read, `scene-0001` a line (see `fractions`); all others are passed over, and so
             are names without a key frame in the info files, with a warning.
         transform, test_mode, test_cfg, cache, ignore_index, loop: see `DefaultDataset`.
@@ -87,6 +96,7 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         aggregate_sweeps: int = 0,
         remove_close: float = 0.0,
         nonfinite: str = "error",
+        label_fraction: float = 1.0,
         scenes: str | None = None,
     ) -> None:
         require_choice("nonfinite", nonfinite, NONFINITE)
@@ -100,7 +110,10 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
             )
         if isinstance(remove_close, bool) or not 0 <= remove_close < math.inf:
             raise InputError(f"remove_close={remove_close!r}: expected metres, 0 or more")
+        if not 0 <= label_fraction <= 1:
+            raise InputError(f"label_fraction={label_fraction}: expected a number from 0 to 1")
         self.sweeps = sweeps
+        self.label_fraction = label_fraction
         self.remove_close = remove_close
         self.aggregate_sweeps = aggregate_sweeps
         self.nonfinite = nonfinite
@@ -214,7 +227,9 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
                 self._warn_missing(text, self.get_data_name(idx), path or "no gt_segment_path")
             return np.full(points, self.ignore_index, np.int32)
         with in_file(path):
-            return map_labels(read_labels(path, points), self.ignore_index)
+            segment = map_labels(read_labels(path, points), self.ignore_index)
+        keep_some_labels(segment, self.label_fraction, self.get_data_name(idx), self.ignore_index)
+        return segment
 
     def pose_of(self, idx: int) -> NDArray:
         """LiDAR to world (4, 4) float64 at the time of the key frame.

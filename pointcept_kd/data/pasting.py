@@ -19,6 +19,7 @@ from pointcept_kd.host import InputError, kd
 
 from . import nuscenes, semantic_kitti, waymo
 from .arrays import Data, coord_of, lookup, need, ratio_of, valid_keys
+from .image_patches import PatchScene
 from .instances import InstanceDatabase, training_reader
 from .pictures import birdseye_png, write_png
 
@@ -71,7 +72,10 @@ COLORS = {
     "waymo": waymo.COLORS,
 }
 
+IMAGES = ("mask_out", "patch")
+
 _SHIFT, _LIFT = 0.5, 0.05  # metres, to the sides and up from a patch
+_LEVEL = 0.25  # metres between the ground and the lowest point of an object that keeps its place
 # What a pasted point has in the arrays that a sample may have.
 _FILL = {"sweep": 0, "time": 0, "instance": -1, "pasted": True}
 
@@ -112,6 +116,13 @@ def placed(points: NDArray, patch: NDArray) -> NDArray:
     )
 
 
+def on_ground(points: NDArray, patches: NDArray, cell: float) -> bool:
+    """Whether a patch (m, 3) is within `cell` metres of an object's mean x and y and 0.25 m of its lowest z."""
+    apart = np.hypot(*(patches[:, :2] - points[:, :2].mean(0)).T)
+    level = np.abs(patches[:, 2] - points[:, 2].min()) <= _LEVEL
+    return bool((level & (apart <= cell)).any())
+
+
 def points_in_box(coord: NDArray, points: NDArray) -> NDArray:
     """Which points (n, 3) of a scene are strictly inside the axis-aligned box of an object (k, 3): (n,) bool."""
     low, high = points.min(0), points.max(0)
@@ -128,8 +139,17 @@ class PasteInstances:
     Classes are drawn with replacement, then one of their objects, then up to 9 patches of ground nearest to its range
     are tried. Where nothing fits, nothing is pasted: a scan without ground comes back as it is. `pasted` (n,) bool
     marks the points and stays in step with them. They come behind the scan's own points and before those of sweeps
-    merged into it, with which no collision is looked for. No camera sees them: they have no rows among the views of
-    `CameraViewDataset`, whose images do not show them.
+    merged into it, with which no collision is looked for. With image="mask_out" no camera sees them: they have no rows
+    among the views of `CameraViewDataset`, whose images do not show them.
+
+    With image="patch" (ours) an object comes with its picture. It keeps its place before the camera that took it, in
+    the other scan before the camera of the same name, at the same pixels (see `image_patches`), and is pasted where
+    that camera has the same image size and focal lengths within 1 %, ground is within `cell` metres of its middle and
+    0.25 m of its lowest point, nothing is in its place, and at most 10 % of its points are behind others. Its picture
+    is blended into the image, its points get rows there, and points behind it lose theirs: those deeper than its median
+    depth in its hull. Where the sample does not keep that camera, and in all other images, nothing changes. Objects
+    without a picture are not drawn; `tries`, `patches` and the nearest range play no part. An object has one place, so
+    few draws fit: `count` is to be larger than with "mask_out".
 
     Args:
         database: folder that `tools/prepare_data.py instances` wrote.
@@ -146,10 +166,13 @@ class PasteInstances:
         things, others: the most scene points in the object's box, as a share of its points, of classes that are objects
             and of all others.
         p: probability that anything is pasted.
+        image: "mask_out", or "patch" for a database made with --image-patches, in the transforms of
+            `CameraViewDataset`.
 
     Raises:
         InputError: for an unusable database, unknown classes, a sample without labels or with per-point arrays that
-            pasted points have no values of.
+            pasted points have no values of; with image="patch" for a database without pictures, or a sample without
+            cameras.
     """
 
     def __init__(
@@ -168,7 +191,10 @@ class PasteInstances:
         things: float = 0.001,
         others: float = 0.05,
         p: float = 1.0,
+        image: str = "mask_out",
     ) -> None:
+        need(image in IMAGES, f"PasteInstances: image={image!r}; use {', '.join(IMAGES)}")
+        self.image = image
         need(weights in WEIGHTS, f"PasteInstances: weights={weights!r}; use {', '.join(WEIGHTS)}")
         need(count >= 0, f"PasteInstances: count is 0 or more, got {count!r}")
         for key, value in (
@@ -205,6 +231,13 @@ class PasteInstances:
         else:
             each[:] = min_points
         usable = self.database.points >= each[self.database.classes]
+        if image == "patch":
+            if self.database.patches is None:
+                raise InputError(
+                    f"PasteInstances: image='patch' needs pictures of the objects, {database} has none; make it again: "
+                    "python tools/prepare_data.py instances --data-root FOLDER --image-patches"
+                )
+            usable &= self.database.patches
         self.rows = {
             number: rows
             for number in sorted(self.ground)
@@ -235,10 +268,16 @@ class PasteInstances:
         data["index_valid_keys"] = list(listed)
         if not self.rows or np.random.random() >= self.p:
             return data
-        added, classes = self._draw(coord[: len(own)], segment[: len(own)])
-        return self._insert(data, len(own), added, classes) if added else data
+        scene = PatchScene(data, coord[: len(own)]) if self.image == "patch" else None
+        added, classes = self._draw(coord[: len(own)], segment[: len(own)], scene)
+        if not added:
+            return data
+        data = self._insert(data, len(own), added, classes)
+        return data if scene is None else scene.show(data)
 
-    def _draw(self, coord: NDArray, segment: NDArray) -> tuple[list[NDArray], list[int]]:
+    def _draw(
+        self, coord: NDArray, segment: NDArray, views: PatchScene | None
+    ) -> tuple[list[NDArray], list[int]]:
         grounds = sorted({g for number in self.rows for g in self.ground[number]})
         found = {g: ground_patches(coord[segment == g], self.cell, self.least) for g in grounds}
         if not any(len(patches) for patches in found.values()):
@@ -254,7 +293,10 @@ class PasteInstances:
                 continue
             patches = np.concatenate([found[g] for g in self.ground[number]])
             points = self.database.load(row)
-            place = self._place(points[:, :3], patches, coord, is_thing, added)
+            if views is None:
+                place = self._place(points[:, :3], patches, coord, is_thing, added)
+            else:
+                place = self._kept(row, points[:, :3], patches, coord, is_thing, added, views)
             if place is None:
                 continue
             added.append(np.hstack([place, points[:, 3:]]).astype(np.float32))
@@ -263,6 +305,42 @@ class PasteInstances:
             if total > self.most_points:
                 break
         return added, classes
+
+    def _kept(
+        self,
+        row: int,
+        points: NDArray,
+        patches: NDArray,
+        coord: NDArray,
+        is_thing: NDArray,
+        added: list[NDArray],
+        views: PatchScene,
+    ) -> NDArray | None:
+        """Where an object goes that keeps its place before its camera; its only place, so that it goes there once."""
+        if row in views.rows:
+            return None
+        picture = self.database.patch(row)
+        place = views.place(picture, points)
+        if place is None or not on_ground(place, patches, self.cell):
+            return None
+        scene, is_thing = self._scene(coord, is_thing, added)
+        if not self._free(scene, is_thing, place) or views.hides(picture):
+            return None
+        views.add(row, picture)
+        return place
+
+    @staticmethod
+    def _scene(coord: NDArray, is_thing: NDArray, added: list[NDArray]) -> tuple[NDArray, NDArray]:
+        """The scan's points with those that are already pasted, and which are of objects."""
+        scene = np.concatenate([coord, *(other[:, :3] for other in added)])
+        return scene, np.concatenate([is_thing, np.ones(len(scene) - len(coord), bool)])
+
+    def _free(self, scene: NDArray, is_thing: NDArray, place: NDArray) -> bool:
+        """Whether few enough points of a scene are in the box of an object."""
+        inside = points_in_box(scene, place)
+        things = int((inside & is_thing).sum())
+        others = int(inside.sum()) - things
+        return things <= self.things * len(place) and others <= self.others * len(place)
 
     def _place(
         self,
@@ -277,8 +355,7 @@ class PasteInstances:
         apart = np.abs(np.hypot(patches[:, 0], patches[:, 1]) - reach)
         # No point of the object comes further from the patch than this, however it turns.
         radius = np.hypot(*(flat - flat.mean(0)).T).max() + _SHIFT
-        scene = np.concatenate([coord, *(other[:, :3] for other in added)])
-        is_thing = np.concatenate([is_thing, np.ones(len(scene) - len(coord), bool)])
+        scene, is_thing = self._scene(coord, is_thing, added)
         for patch in patches[np.argsort(apart, kind="stable")[: self.patches]]:
             near = np.abs(scene[:, 0] - patch[0]) < radius
             near &= np.abs(scene[:, 1] - patch[1]) < radius
@@ -287,11 +364,7 @@ class PasteInstances:
                 # From the patch itself each time: shifts must not add up.
                 shift = np.random.uniform((-_SHIFT, -_SHIFT, 0.0), (_SHIFT, _SHIFT, _LIFT))
                 place = placed(points, patch + shift)
-                inside = points_in_box(close, place)
-                things = int((inside & thing).sum())
-                others = int(inside.sum()) - things
-                few = things <= self.things * len(points) and others <= self.others * len(points)
-                if few:
+                if self._free(close, thing, place):
                     return place
         return None
 

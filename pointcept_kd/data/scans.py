@@ -220,3 +220,13 @@ def nonfinite_problems(path: str | os.PathLike[str], values: NDArray) -> list[st
     return [
         f"{path}: {int(bad.sum())} points are not finite, the first in row {int(np.argmax(bad))}"
     ]
+
+
+def keep_some_labels(segment: NDArray, share: float, scan: str, ignore_index: int) -> None:
+    """Take the labels of all but about `share` of a scan's points away, in place.
+
+    Seeded by the scan's name: which points are labelled is a fact of the data, not of a run.
+    """
+    if share < 1:
+        seed = np.frombuffer(scan.encode(), np.uint8)
+        segment[np.random.default_rng(seed).random(len(segment)) >= share] = ignore_index

@@ -34,6 +34,7 @@ from .scans import (
     class_table,
     finite_rows,
     in_file,
+    keep_some_labels,
     map_classes,
     numbers_of_row,
     read_points,
@@ -328,11 +329,7 @@ class SemanticKITTIDataset(ImageMapReader, DefaultDataset):
             return np.full(points, self.ignore_index, np.int32)
         with in_file(path):
             segment = map_labels(read_labels(path, points), self.ignore_index)
-        if self.label_fraction < 1:
-            # Seeded by the scan's name: which points are labelled is a fact of the data, not of a run.
-            name = np.frombuffer(_name(scan_path).encode(), np.uint8)
-            kept = np.random.default_rng(name).random(points) < self.label_fraction
-            segment[~kept] = self.ignore_index
+        keep_some_labels(segment, self.label_fraction, _name(scan_path), self.ignore_index)
         return segment
 
     def _image(self, idx: int) -> Path:

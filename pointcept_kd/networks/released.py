@@ -61,6 +61,7 @@ class ConversionReport:
         not_finite: how many of the numbers that were cut are NaN or infinite.
         neutral: statistics of a normalisation whose result was never used, set so that it changes nothing.
         expanded: keys that got rows for the class "unlabelled".
+        shortened: keys that lost the row of class 0, "noise".
         dropped: keys that no network needs.
     """
 
@@ -73,6 +74,7 @@ class ConversionReport:
     not_finite: int = 0
     neutral: list[str] = field(default_factory=list)
     expanded: list[str] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
 
     def fates(self) -> dict[str, str]:
@@ -84,6 +86,7 @@ class ConversionReport:
             "cut": self.cut,
             "made neutral": self.neutral,
             "expanded": self.expanded,
+            "shortened": self.shortened,
             "dropped": self.dropped,
         }
         found: dict[str, list[str]] = {}
@@ -109,6 +112,8 @@ class ConversionReport:
             )
         if self.expanded:
             lines.append(f"{len(self.expanded)} expanded by a class 0 ({_some(self.expanded)})")
+        if self.shortened:
+            lines.append(f"{len(self.shortened)} shortened by a class 0 ({_some(self.shortened)})")
         lines.append(
             f"{len(self.dropped)} dropped" + (f" ({_some(self.dropped)})" if self.dropped else "")
         )

@@ -6,7 +6,8 @@ keys and shapes are those of the network that its sizes tell.
 U2MKD's code runs on torchsparse 1.4, which keeps kernels as (taps, in, out): three taps an axis with x fastest and z
 slowest, two taps an axis with z fastest, and one tap as a plain (in, out) matrix. Its files may hold one network, or
 the teacher and the student beside each other behind `model_t.` and `model_s.`; of a student with cameras the LiDAR
-branch is taken. The network gets the spherical cells that the released code ran with (`cells="reference"`).
+branch is taken. The network gets the spherical cells that the released code ran with (`cells="reference"`), and its
+head loses class 0, "noise", which no training point had.
 """
 
 from __future__ import annotations
@@ -61,17 +62,19 @@ def from_torchsparse(kernel: Tensor) -> Tensor:
 
 
 def convert_point_voxel_unet(
-    state_dict: Mapping[str, Any], tower: str = "teacher"
+    state_dict: Mapping[str, Any], tower: str = "teacher", noise: bool = False
 ) -> tuple[dict[str, Tensor], ConversionReport]:
     """Weights of `kd.PointVoxelUNet` from a state dict in the layout of torchsparse, and what was done to them.
 
     Args:
         state_dict: the weights, also below `state_dict` or `model`, also with `module.` in front of the keys.
         tower: "teacher" or "student": which to take where both are there.
+        noise: keep class 0, which no training point had. By default it goes, and class 1 becomes 0, as everywhere in
+            this package.
 
     Raises:
-        InputError: for another tower, for keys, shapes and numbers of blocks that are not the network's, and for
-            numbers that are not finite.
+        InputError: for another tower, a head of class 0 alone, for keys, shapes and numbers of blocks that are not the
+            network's, and for numbers that are not finite.
     """
     if tower not in TOWERS:
         raise InputError(f"tower={tower!r} is none of {', '.join(TOWERS)}")
@@ -105,6 +108,14 @@ def convert_point_voxel_unet(
         weights[key] = own[name] if name == key else from_torchsparse(own[name])
         (report.matched if name == key else report.permuted).append(prefix + name)
     used = {*report.matched, *report.permuted}
+    if not noise:
+        network["num_classes"] -= 1
+        if network["num_classes"] < 1:
+            raise InputError(f"{prefix}classifier_vox.0.weight has one row: no class but noise")
+        for key in ("classifier_vox.0.weight", "classifier_vox.0.bias"):
+            weights[key] = weights[key][1:]
+            report.matched.remove(prefix + key)
+            report.shortened.append(prefix + key)
     report.dropped = [*dropped, *(key for key in given if key not in used)]
     return _finish(weights), report
 

@@ -685,7 +685,7 @@ ADDED = {
     ("MODELS", "SpUNet-v1m1"): {"cls_mode"},
     ("LOSSES", "SmoothCELoss"): {"loss_weight", "ignore_index"},
     ("DATASETS", "NuScenesDataset"): {
-        "aggregate_sweeps", "nonfinite", "remove_close", "scenes",
+        "aggregate_sweeps", "label_fraction", "nonfinite", "remove_close", "scenes",
     },
     ("DATASETS", "SemanticKITTIDataset"): {
         "sequences", "unlabelled", "label_fraction", "nonfinite", "sweeps", "sweep_labels", "scans",

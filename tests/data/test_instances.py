@@ -12,6 +12,7 @@ import pointcept_kd.data.instances as module
 from pointcept_kd.data.instances import InstanceDatabase, build, counts_by_class, layout_of
 from pointcept_kd.data.nuscenes import NuScenesDataset
 from pointcept_kd.data.nuscenes_info import write_infos
+from pointcept_kd.data.pictures import write_png
 from pointcept_kd.data.semantic_kitti import LEARNING_MAP
 from pointcept_kd.host import InputError
 
@@ -328,6 +329,54 @@ def test_tool(tmp_path, capsys):
     ):
         assert tool.main([*command, *wrong]) == 2
         assert text in capsys.readouterr().err
+
+
+def test_tool_with_images(tmp_path, capsys):
+    pytest.importorskip("PIL", reason="the extra `images` is not installed")
+    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    content = toy(tmp_path)
+    command = ["instances", "--data-root", str(tmp_path), "--min-points", "3", "--workers", "1"]
+    command += ["--split", "00", "--image-patches"]
+    assert tool.main(command) == 2
+    assert "calib.txt" in capsys.readouterr().err
+    folder = tmp_path / "dataset" / "sequences" / "00"
+    (folder / "image_2").mkdir()
+    # One axis of the scan is that of the camera; bicycle 5 stands before it in every scan, 12 pixels wide.
+    (folder / "calib.txt").write_text(
+        "P2: 20 0 30 0 0 20 20 0 0 0 1 0\nTr: 1 0 0 0 0 1 0 0 0 0 1 0\n"
+    )
+    square = [(-1.5, -1, 5), (1.5, -1, 5), (1.5, 1, 5), (-1.5, 1, 5.2)]
+    for number in range(3):
+        points, labels = content[f"00_{number:06d}"]
+        points[labels == label(11, 5), :3] = square
+        (folder / "velodyne" / f"{number:06d}.bin").write_bytes(points.tobytes())
+        image = np.random.default_rng(number).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        write_png(folder / "image_2" / f"{number:06d}.png", image)
+    assert tool.main(command) == 0
+    database = InstanceDatabase(tmp_path / "instances")
+    assert database.cameras == ("image_2",)
+    found = set()
+    for row in range(len(database)):
+        expected = 0
+        for x, y, z, _ in database.load(row).astype(float):
+            u, v = 20 * x / z + 30, 20 * y / z + 20
+            expected += z > 1 and 0 < u < 59 and 0 < v < 39
+        assert database.visible[row].tolist() == [expected]
+        assert database.camera[row] == (0 if expected else -1)
+        if database.patches[row]:
+            found.add(database.path(row).stem)
+            patch = database.patch(row)
+            assert patch.camera.name == "image_2"
+            assert len(patch.depth) == database.points[row]
+    assert {f"00_{number:06d}_{label(11, 5)}" for number in range(3)} <= found
+    out = capsys.readouterr().out
+    assert f"instances: {len(database)} objects\n{len(found)} of them with a picture\n" in out
+    first = files_below(tmp_path / "instances")
+    assert sum(name.endswith(".npz") for name in first) == len(found)
+    assert tool.main(command) == 0
+    assert files_below(tmp_path / "instances") == first
 
 
 def test_real_scans(samples, tmp_path):

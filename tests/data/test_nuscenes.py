@@ -187,6 +187,20 @@ def test_merged_scans_without_the_car(world):
         np.testing.assert_array_equal(parts[1][key], every[key][kept])
 
 
+def test_some_labels(world):
+    root, _, _ = world
+    whole = [dataset(root).get_data(i)["segment"] for i in range(3)]
+    part = [dataset(root, label_fraction=0.5).get_data(i)["segment"] for i in range(3)]
+    kept = [p != -1 for p in part]
+    for all_labels, labels, mask in zip(whole, part, kept, strict=True):
+        np.testing.assert_array_equal(labels[mask], all_labels[mask])
+    known = sum((w != -1).sum() for w in whole)
+    assert 0.3 * known < sum(mask.sum() for mask in kept) < 0.7 * known
+    again = dataset(root, label_fraction=0.5, aggregate_sweeps=2).get_data(1)
+    np.testing.assert_array_equal(again["segment"][: len(part[1])], part[1])
+    assert (dataset(root, label_fraction=0.0).get_data(0)["segment"] == -1).all()
+
+
 def test_no_scan_is_merged_twice(world):
     root, _, scans = world
     data = dataset(root, aggregate_sweeps=4)
@@ -373,6 +387,7 @@ def test_values_that_are_not_finite(copy):
         (dict(sweeps=True), "sweeps=True"),
         (dict(aggregate_sweeps=-1), "aggregate_sweeps=-1"),
         (dict(remove_close=-1.0), "remove_close=-1.0: expected metres, 0 or more"),
+        (dict(label_fraction=1.5), "label_fraction=1.5: expected a number from 0 to 1"),
         (dict(remove_close=True), "remove_close=True: expected metres"),
         (dict(nonfinite="keep"), "nonfinite='keep'"),
         (dict(data_root="nowhere/at/all"), "nowhere/at/all is no folder"),

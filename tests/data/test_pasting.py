@@ -379,9 +379,20 @@ def test_no_camera_sees_pasted_points(tmp_path, objects):
     assert not both["pasted"][both["view_point"]].any()
 
 
+def test_a_database_without_pictures(tmp_path, objects):
+    with pytest.raises(InputError, match=r"image='patch' needs pictures .* --image-patches"):
+        PasteInstances(objects, image="patch")
+    results = []
+    for options in ({}, {"image": "mask_out"}):
+        np.random.seed(0)
+        results.append(PasteInstances(objects, min_points=1, **options)(street())["coord"])
+    np.testing.assert_array_equal(*results)
+
+
 def test_what_does_not_fit(objects, tmp_path):
     for wrong, text in (
         ({"weights": "log"}, "weights='log'; use uniform, sqrt"),
+        ({"image": "blend"}, "image='blend'; use mask_out, patch"),
         ({"count": -1}, "count is 0 or more"),
         ({"tries": 0}, "tries is above 0"),
         ({"cell": -1}, "cell is above 0"),

@@ -433,7 +433,7 @@ def test_converted_weights(attention):
             twin = "model_s." if "model_t." in prefix else "model_t."
             others = {f"{twin}stem.0.kernel": torch.ones(27, 4, 4)}
             others[f"{prefix}pix_branch.conv1.weight"] = torch.ones(2)
-        weights, report = convert_point_voxel_unet({**given, **others}, tower)
+        weights, report = convert_point_voxel_unet({**given, **others}, tower, noise=True)
         arguments = {**report.network, "spherical": SMALL["spherical"]}
         network = PointVoxelUNet(**arguments).eval()
         assert arguments.get("cells") == ("reference" if attention else None)
@@ -441,6 +441,15 @@ def test_converted_weights(attention):
         assert torch.equal(network(batch), source(batch))
         assert len(report.dropped) == len(others)
         assert set(report.fates()) == {k.removeprefix("module.") for k in {**given, **others}}
+        # Without noise the other classes keep their scores.
+        weights, report = convert_point_voxel_unet({**given, **others}, tower)
+        arguments = {**report.network, "spherical": SMALL["spherical"]}
+        network = PointVoxelUNet(**arguments).eval()
+        network.load_state_dict(weights)
+        torch.testing.assert_close(network(batch), source(batch)[:, 1:], rtol=0, atol=1e-6)
+        assert len(report.dropped) == len(others)
+        assert set(report.fates()) == {k.removeprefix("module.") for k in {**given, **others}}
+        assert "2 shortened by a class 0" in str(report)
 
 
 def test_conversion_refuses():
@@ -457,6 +466,7 @@ def test_conversion_refuses():
         (few, "teacher", "1 of .* keys lack .vox_ups.2.1.0.net.3.kernel"),
         ({**given, "stem.0.kernel": torch.ones(8, 4, 4)}, "teacher", "stem.0.kernel has the shape"),
         (nan, "teacher", "not finite"),
+        (released(small(num_classes=1)), "teacher", "no class but noise"),
     ):
         with pytest.raises(InputError, match=text) as error:
             convert_point_voxel_unet(weights, tower)
