@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pointcept_kd.data.submissions import write_semantic_kitti
+from pointcept_kd.data.semantic_kitti import LEARNING_MAP_INV
+from pointcept_kd.data.submission_writers import write_semantic_kitti
 from pointcept_kd.distillers.base import Teacher
 from pointcept_kd.host import LOSSES, MODELS, InputError
 from pointcept_kd.host.checkpoint import load_checkpoint
@@ -158,5 +159,5 @@ def test_a_point_called_unlabelled_counts_against_its_class():
 
 def test_bytes_of_a_submission(tmp_path):
     """Train ids 1, 9, 15 of the published numbering are ours plus one, and raw ids 10, 40, 70 on the disk."""
-    path = write_semantic_kitti(tmp_path, "11_000000", np.array([0, 8, 14]))
+    path = write_semantic_kitti(tmp_path, "11_000000", np.array([0, 8, 14]), LEARNING_MAP_INV)
     assert path.read_bytes() == bytes.fromhex("0A000000 28000000 46000000")

@@ -13,6 +13,7 @@ Modal Knowledge Distillation for Bidirectional LiDAR-Camera Semantic Segmentatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,7 +160,8 @@ class CameraViewDataset(CameraSource):
       float32, normalised coordinates; by image, then by point. Of scans that are merged only the first one's points
       (`sweep` 0) are looked at.
 
-    `kd.ViewsToRows` at the end of the transforms makes arrays of these that can be joined to batches.
+    `kd.ViewsToRows` at the end of the transforms makes arrays of these that can be joined to batches. Submissions are
+    those of the source, where it has such.
 
     Args:
         source: config of a reader with cameras (or the reader); its own transforms are not used. With keep=0 any
@@ -200,6 +202,13 @@ class CameraViewDataset(CameraSource):
             source, cameras, blind=keep == 0, transform=transform, test_mode=test_mode,
             test_cfg=test_cfg, cache=cache, loop=loop,
         )  # fmt: skip
+        # Testers ask whether a data set has these.
+        if hasattr(self.source, "write_submission"):
+            self.write_submission = self.source.write_submission
+        if hasattr(self.source, "finish_submission"):
+            self.finish_submission = partial(
+                self.source.finish_submission, use_camera=self.keep != 0
+            )
 
     def get_data(self, idx: int) -> dict[str, Any]:
         """One scan and what all cameras see of it, see the class; no images."""

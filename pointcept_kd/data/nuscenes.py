@@ -47,6 +47,7 @@ from .scans import (
     nonfinite_problems,
     require_choice,
 )
+from .submission_writers import finish_nuscenes, index_of, rows_of_file, write_nuscenes
 from .sweeps import aggregate
 
 __all__ = ["CLASS_NAMES", "COLORS", "LEARNING_MAP", "NuScenesDataset", "problems"]
@@ -255,8 +256,6 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         Raises:
             InputError: for a number of predictions that is not that of the points, or a reader of several splits.
         """
-        from .submissions import index_of, rows_of_file, write_nuscenes
-
         path = self.scan_path(index_of(self, name))
         # The format has no class for a point without a place: it gets the commonest of its scan.
         fill = int(np.bincount(pred).argmax()) if len(pred) and pred.min() >= 0 else 0
@@ -264,11 +263,9 @@ class NuScenesDataset(ImageMapReader, DefaultDataset):
         rows = rows_of_file(pred, read_scan(path), path, dropped, merged, fill)
         write_nuscenes(folder, self._one_split(), name, rows)
 
-    def finish_submission(self, folder: str | os.PathLike[str]) -> None:
-        """Write the `submission.json` of a method that uses LiDAR alone."""
-        from .submissions import finish_nuscenes
-
-        finish_nuscenes(folder, self._one_split())
+    def finish_submission(self, folder: str | os.PathLike[str], use_camera: bool = False) -> None:
+        """Write the `submission.json` of a method that uses LiDAR, and cameras where it says so."""
+        finish_nuscenes(folder, self._one_split(), {"use_camera": use_camera})
 
     def _one_split(self) -> str:
         if not isinstance(self.split, str):

@@ -42,6 +42,7 @@ from .scans import (
     read_values,
     require_choice,
 )
+from .submission_writers import index_of, rows_of_file, write_semantic_kitti
 from .sweeps import LABELS, aggregate
 
 logger = logging.getLogger(__name__)
@@ -370,12 +371,10 @@ class SemanticKITTIDataset(ImageMapReader, DefaultDataset):
         Raises:
             InputError: for a number of predictions that is not that of the scan's points.
         """
-        from .submissions import index_of, rows_of_file, write_semantic_kitti
-
         path = self._path(index_of(self, name))
         dropped, merged = self.nonfinite == "drop", self.sweeps > 1
         rows = rows_of_file(pred, read_scan(path), path, dropped, merged, fill=-1)
-        write_semantic_kitti(folder, name, rows)
+        write_semantic_kitti(folder, name, rows, LEARNING_MAP_INV)
 
     def pose_of(self, idx: int) -> NDArray:
         """Velodyne pose (4, 4) float64 of a scan, looked up by its file number.

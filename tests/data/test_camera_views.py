@@ -1,6 +1,8 @@
 """Camera views: the worked projection, plain loops, dropped cameras, two views of a scan, batches, real key frames."""
 
+import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -524,6 +526,23 @@ def test_real_key_frame(samples, tmp_path, monkeypatch):
     assert all(any(name in str(path) for path in reads) for name in part["camera_names"])
     assert CameraViewDataset(source, keep=0)[0]["images"] == []
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize("keep", [None, 0])
+def test_submissions_are_the_readers(samples, tmp_path, keep):
+    write_real_info(samples, tmp_path)
+    source = NuScenesDataset("val", str(tmp_path))
+    data = pickle.loads(pickle.dumps(CameraViewDataset(source, keep=keep)))
+    name, points = data.get_data_name(0), len(source.get_data(0)["coord"])
+    out = tmp_path / "out"
+    data.write_submission(name, np.full(points, 3), out)
+    data.finish_submission(out)
+    written = np.fromfile(out / "lidarseg" / "val" / f"{name}_lidarseg.bin", np.uint8)
+    assert written.tolist() == [4] * points
+    meta = json.loads((out / "val" / "submission.json").read_text())["meta"]
+    assert meta["use_lidar"]
+    assert meta["use_camera"] == (keep is None)
+    assert not hasattr(CameraViewDataset(Scene(tmp_path)), "write_submission")
 
 
 def test_real_drive_with_sweeps(samples):

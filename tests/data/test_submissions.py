@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from pointcept_kd.data import submissions
+from pointcept_kd.data import submission_writers, submissions
 from pointcept_kd.data.mirror import Mirror
 from pointcept_kd.data.nuscenes import NuScenesDataset
-from pointcept_kd.data.semantic_kitti import SPLITS, SemanticKITTIDataset, map_labels
+from pointcept_kd.data.semantic_kitti import (
+    LEARNING_MAP_INV,
+    SPLITS,
+    SemanticKITTIDataset,
+    map_labels,
+)
 from pointcept_kd.host import InputError, kd
 from pointcept_kd.host.tester import SemSegTester
 from tools import prepare_data
@@ -40,6 +45,10 @@ class CellClasses(nn.Module):
     def forward(self, batch):
         ids = batch["grid_coord"].sum(1) % self.classes
         return {"seg_logits": nn.functional.one_hot(ids, self.classes).float()}
+
+
+def write_kitti(folder, name, pred):
+    return submission_writers.write_semantic_kitti(folder, name, pred, LEARNING_MAP_INV)
 
 
 def kitti_root(root, sequences=SPLITS["test"], scans=2):
@@ -75,7 +84,7 @@ def kitti_submission(root, folder):
     counts = kitti_root(root)
     for name, points in counts.items():
         made = np.random.default_rng(points)
-        submissions.write_semantic_kitti(folder, name, made.integers(0, 19, points))
+        write_kitti(folder, name, made.integers(0, 19, points))
     return counts
 
 
@@ -83,8 +92,8 @@ def nuscenes_submission(folder, split="test"):
     counts = {token: 30 + i for i, token in enumerate(TOKENS)}
     for token, points in counts.items():
         pred = np.random.default_rng(points).integers(0, 16, points)
-        submissions.write_nuscenes(folder, split, token, pred)
-    submissions.finish_nuscenes(folder, split)
+        submission_writers.write_nuscenes(folder, split, token, pred)
+    submission_writers.finish_nuscenes(folder, split)
     return counts
 
 
@@ -92,20 +101,20 @@ def nuscenes_submission(folder, split="test"):
 
 
 def test_semantic_kitti_bytes(tmp_path):
-    path = submissions.write_semantic_kitti(tmp_path, "11_000042", np.array([0, 8, 18, -1, 13]))
+    path = write_kitti(tmp_path, "11_000042", np.array([0, 8, 18, -1, 13]))
     assert path == tmp_path / "sequences" / "11" / "predictions" / "000042.label"
     # car 10, road 40, traffic-sign 81, unlabeled 0, fence 51; little-endian, upper half 0
     assert path.read_bytes() == b"".join(bytes([raw, 0, 0, 0]) for raw in (10, 40, 81, 0, 51))
     every = np.arange(19)
-    path = submissions.write_semantic_kitti(tmp_path, "11_000043", every)
+    path = write_kitti(tmp_path, "11_000043", every)
     assert np.array_equal(map_labels(np.fromfile(path, "<u4")), every)
 
 
 def test_nuscenes_bytes(tmp_path):
-    path = submissions.write_nuscenes(tmp_path, "test", "abc", np.array([0, 15, 3]))
+    path = submission_writers.write_nuscenes(tmp_path, "test", "abc", np.array([0, 15, 3]))
     assert path == tmp_path / "lidarseg" / "test" / "abc_lidarseg.bin"
     assert path.read_bytes() == bytes([1, 16, 4])
-    path = submissions.finish_nuscenes(tmp_path, "test", {"use_camera": True})
+    path = submission_writers.finish_nuscenes(tmp_path, "test", {"use_camera": True})
     assert path == tmp_path / "test" / "submission.json"
     expected = dict.fromkeys(("use_radar", "use_map", "use_external"), False)
     assert json.loads(path.read_text()) == {
@@ -116,17 +125,17 @@ def test_nuscenes_bytes(tmp_path):
 def test_what_cannot_be_written(tmp_path):
     for name in ("scan", "11", "11_x", "a_000001"):
         with pytest.raises(InputError, match="expected a name such as 11_000042"):
-            submissions.write_semantic_kitti(tmp_path, name, np.zeros(2, int))
+            write_kitti(tmp_path, name, np.zeros(2, int))
     with pytest.raises(InputError, match=r"class 19 in row 1 is outside -1\.\.18"):
-        submissions.write_semantic_kitti(tmp_path, "11_000001", np.array([0, 19]))
+        write_kitti(tmp_path, "11_000001", np.array([0, 19]))
     with pytest.raises(InputError, match=r"class -1 in row 0 is outside 0\.\.15"):
-        submissions.write_nuscenes(tmp_path, "test", "t", np.array([-1]))
+        submission_writers.write_nuscenes(tmp_path, "test", "t", np.array([-1]))
     for meta in ({"use_lidar": 1}, {"use_sonar": True}):
         with pytest.raises(InputError, match="use_"):
-            submissions.finish_nuscenes(tmp_path, "test", meta)
+            submission_writers.finish_nuscenes(tmp_path, "test", meta)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        submissions.write_nuscenes(tmp_path / "file", "test", "t", np.array([1]))
+        submission_writers.write_nuscenes(tmp_path / "file", "test", "t", np.array([1]))
 
 
 # ---------------------------------------------------------------------------------------- damages
