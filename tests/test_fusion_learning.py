@@ -114,12 +114,14 @@ def test_four_scans_by_heart_with_and_without_learners(scans, teacher):
     lost = []
     for learners in (True, False):
         model = pair(teacher, learners=learners)
-        losses = train(model, scans, 100)
-        # Of the teacher's terms something remains: it saw points that the student did not, and is less sure.
-        for name, share in (("loss_task", 0.2), ("loss_logits", 0.75), ("loss_bottleneck", 0.75)):
-            assert losses[-1][name] < share * losses[0][name], name
+        losses = train(model, scans, 150)
+        # Of the teacher's class scores something remains: it saw points that the student did not, and is less sure.
+        shares = {name: losses[-1][name] / losses[0][name] for name in losses[0]}
+        assert max(shares["loss"], shares["loss_task"]) < 0.2, shares
+        assert max(shares["loss_logits"], shares["loss_bottleneck"]) < 0.75, shares
         both = miou(model, scans)
         assert both > 0.95
         lost.append(both - miou(model, scans, cameras=False))
+        print(f"{learners=}: mIoU {100 * both:.1f}, without cameras {100 * lost[-1]:.1f} less")
     # Learners make up for cameras that are gone.
     assert lost[0] < 0.5 * lost[1]
